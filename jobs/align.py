@@ -1,0 +1,55 @@
+"""Everything from a base model to an aligned, RL-trained and evaluated one.
+
+    python jobs/align.py                                            the testbed on this machine (configs/tiny.yaml)
+    python jobs/align.py --config configs/tiny.yaml align.updates=10
+    ray job submit --working-dir . -- python jobs/align.py --config FILE
+
+Stages whose outputs are missing or out of date run first; the same command again continues a run that was stopped.
+Exit code 0: every stage completed; 1: failed (the last line says why); 2: bad configuration or input; 130: interrupted
+with the state saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from prism_ray.config.cli import parse_job
+from prism_ray.config.run import RunSettings
+from prism_ray.report.progress import setup_logging
+
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Run the job; returns its exit code."""
+    settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
+    folder = settings.runs / settings.name
+    setup_logging(folder)
+    # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
+    from prism_ray.corpora.reader import CorpusError
+    from prism_ray.stages.run import InputError, check_inputs, run, start_cluster
+    from prism_ray.stages.session import Interrupted
+
+    try:
+        check_inputs(settings)
+        start_cluster(settings)
+        asyncio.run(run(settings))
+    except (Interrupted, KeyboardInterrupt):
+        print(f"interrupted; the same command continues it: {folder}", file=sys.stderr)
+        return 130
+    except (InputError, CorpusError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Exception as error:
+        logging.getLogger("prism_ray").error("failed", exc_info=True)
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        return 1
+    print(f"done: {folder / 'summary.json'} and {folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""Settings of the rollout room: the vLLM engines, what they sample and how their pool watches over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prism_ray.config.base import Settings
+
+
+class RolloutSettings(Settings):
+    """A pool of vLLM engines and how it samples."""
+
+    engines: int = Field(default=1, ge=1)
+    """vLLM engines, each an actor with its own copy of the policy; a group of rollouts stays on one of them."""
+    cpus_per_engine: float = Field(default=1.0, ge=0)
+    """CPU cores Ray reserves for an engine. On the CPU backend one engine computes with one thread whatever is
+    reserved: a tiny model gains nothing from more."""
+    gpus_per_engine: int = Field(default=0, ge=0)
+    """GPUs of an engine; more than one means tensor parallelism over them."""
+
+    group_size: int = Field(default=8, ge=1)
+    """Rollouts of one prompt; advantages are taken within the group."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits when sampling; the learner must compute its log-probs at the same temperature."""
+    max_response_tokens: int = Field(default=96, ge=1)
+    """A response is cut here. The testbed's have about 56 tokens."""
+    max_model_len: int = Field(default=256, ge=2)
+    """Longest prompt and response together, image tokens included; a prompt may have what the response leaves."""
+    max_images: int = Field(default=1, ge=0)
+    """Most images in one prompt; vLLM reserves memory for them."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers the engine computes in. float32 keeps engine and learner equal to 1e-6; bfloat16 is for GPUs, where the
+    correction absorbs the mismatch."""
+    kv_cache_gb: float | None = Field(default=0.25, gt=0)
+    """Memory for keys and values; 0.25 GB holds 256 of the tiny model's sequences. Unset: what vLLM finds free."""
+    max_concurrent: int = Field(default=256, ge=1)
+    """Sequences decoded together. A decoding step costs 15-20 ms of Python whatever the tiny model's size, so fewer
+    than 128 waste most of it."""
+    max_batched_tokens: int = Field(default=8192, ge=1)
+    """Tokens of one engine step, prompts included; small values make prompts wait, large ones make decoding wait."""
+    enforce_eager: bool = True
+    """No compilation, no CUDA graphs: the engine starts in seconds. Turn it off for large models on GPUs."""
+    prefix_caching: bool = True
+    """Rollouts of a group share the keys and values of their prompt, in whole blocks (128 tokens on the CPU)."""
+    kv_on_update: Literal["recompute", "keep"] = "recompute"
+    """What new weights do to rollouts under way. `recompute`: their keys and values are computed anew, so every
+    token's log-prob is exactly that of the version it is attributed to. `keep`: they go on with old keys and values
+    (cheaper for long responses; the behaviour policy is then a mixture of versions). Cached prompts and images
+    of older weights are never used for new rollouts in either case."""
+    seed: int = 0
+    """Of the engines' random numbers; engine i uses seed + i."""
+
+    generate_timeout_s: float = Field(default=300.0, gt=0)
+    """How long the pool waits for a group, queue in the engine included, before it fails and names the engine."""
+    control_timeout_s: float = Field(default=120.0, gt=0)
+    """The same for new weights, health checks and shutdown."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """The same for an engine's start, which takes 20 s on two idle cores and minutes for large models."""
+    max_restarts: int = Field(default=2, ge=0)
+    """How often a dead engine is replaced, each, before the pool gives up and names it."""
+
+    @model_validator(mode="after")
+    def _prompt_has_room(self) -> RolloutSettings:
+        if self.max_response_tokens >= self.max_model_len:
+            raise ValueError(
+                f"rollout.max_response_tokens is {self.max_response_tokens} but rollout.max_model_len only "
+                f"{self.max_model_len}; the prompt needs room too"
+            )
+        return self
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt, image tokens included."""
+        return self.max_model_len - self.max_response_tokens

@@ -1,0 +1,93 @@
+"""The configuration of a run: one field per room, composed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from prism_ray.config.base import Settings
+from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.discriminator import DiscriminatorSettings
+from prism_ray.config.learner import LearnerSettings
+from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.report import ReportSettings
+from prism_ray.config.rollout import RolloutSettings
+from prism_ray.config.runtime import ClusterSettings, JournalSettings
+from prism_ray.config.stages import EvaluateSettings, PhaseSettings, RlvrSettings, WarmupSettings
+from prism_ray.config.supervised import BaseSettings, SftSettings, SupervisedSettings
+from prism_ray.config.testbed import TestbedSettings
+from prism_ray.config.trainer import TrainerSettings
+from prism_ray.config.verify import VerifySettings
+
+StageName = Literal["base", "sft", "warmup", "align", "rlvr", "rlvr-sft", "references", "rlvr-references", "evaluate"]
+STAGES: tuple[StageName, ...] = (
+    "base", "sft", "warmup", "align", "rlvr", "rlvr-sft", "references", "rlvr-references", "evaluate",
+)  # fmt: skip
+
+
+class DataSettings(Settings):
+    """The user's own corpora (Parquet files or folders). Unset: the testbed makes them."""
+
+    sft: list[Path] = []
+    """Demonstrations for SFT: needs `teacher_response`."""
+    align: list[Path] = []
+    """Prompts with references for warm-up and alignment."""
+    rlvr: list[Path] = []
+    """Prompts with verifiable answers."""
+    evaluate: list[Path] = []
+    """Held-out prompts."""
+
+
+class RunSettings(Settings):
+    """A run of `jobs/align.py`."""
+
+    name: str = Field(default="tiny", min_length=1, pattern=r"^[\w.-]+$")
+    """Name of the run; its folder is `runs/<name>`. The same name again continues where the run ended."""
+    runs: Path = Path("runs")
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of corpora, initial weights, order and sampling."""
+    stages: list[StageName] = list(STAGES)
+    """Stages to run, in any order; what one needs and is missing or out of date runs first."""
+    policy: Path | None = None
+    """Hugging Face folder of the starting policy. Unset: the testbed's own tiny base model is built and trained."""
+    data: DataSettings = DataSettings()
+    """Corpora of your own."""
+    testbed: TestbedSettings = TestbedSettings()
+    """The synthetic task, used where `data` is unset."""
+    model: TinyModelSettings = TinyModelSettings()
+    """The tiny model, used where `policy` is unset."""
+    corpora: CorporaSettings = CorporaSettings()
+    """How corpora are read and checked."""
+    trainer: TrainerSettings = TrainerSettings()
+    """How the supervised stages are run."""
+    base: BaseSettings = BaseSettings()
+    """Training of the testbed's base model."""
+    sft: SftSettings = SftSettings()
+    """Supervised fine-tuning."""
+    references: SupervisedSettings = SupervisedSettings(steps=25, batch=128, lr=2e-4)
+    """The control that the paper lacks: SFT on the references themselves, as many updates as alignment has."""
+    warmup: WarmupSettings = WarmupSettings()
+    """The discriminator's warm-up."""
+    align: PhaseSettings = PhaseSettings()
+    """Alignment."""
+    rlvr: RlvrSettings = RlvrSettings()
+    """RLVR, in every arm."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Evaluation."""
+    rollout: RolloutSettings = RolloutSettings()
+    """Rollout engines."""
+    learner: LearnerSettings = LearnerSettings()
+    """Learner group."""
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    """Discriminator."""
+    verify: VerifySettings = VerifySettings()
+    """Verifier of RLVR."""
+    journal: JournalSettings = JournalSettings()
+    """Where judged trajectories are kept."""
+    cluster: ClusterSettings = ClusterSettings()
+    """The Ray cluster."""
+    report: ReportSettings = ReportSettings()
+    """Metrics and report."""

@@ -1,0 +1,50 @@
+"""Settings of the supervised stages: vision pre-training and clean SFT of the base model, noisy SFT, references."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prism_ray.config.base import Settings
+
+
+class SupervisedSettings(Settings):
+    """One supervised run: cross-entropy on response tokens, AdamW, gradients clipped."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps; the corpus is read again from its start when it is used up."""
+    batch: int = Field(default=16, ge=1)
+    """Examples per optimiser step, over all ranks together."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's momenta; the short second one suits runs of a few hundred steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; nothing over-fits in so few epochs."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    warmup_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up; cosine falls to 0 at the last step."""
+
+
+class BaseSettings(Settings):
+    """How the testbed's base model is made; on real data the base is a published checkpoint and this is not used."""
+
+    pretrain: SupervisedSettings = SupervisedSettings(steps=256, lr=2e-3)
+    """Vision pre-training: linear colour and digit heads on the visual tokens. Without it digits stay at chance."""
+    simple: SupervisedSettings = SupervisedSettings(steps=1000, lr=2e-3)
+    """Clean SFT on one-colour and single-cell questions: how to read the picture and to list cells."""
+    each: SupervisedSettings = SupervisedSettings(steps=600, lr=1.5e-3)
+    """Clean SFT on "each" questions."""
+
+
+class SftSettings(SupervisedSettings):
+    """SFT on the noisy public corpus, whose drift the alignment then repairs."""
+
+    steps: int = Field(default=350, ge=1)
+    """Optimiser steps: enough to adopt the corpus' faults at T = 1 while the greedy answer keeps half its accuracy."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""

@@ -1,0 +1,78 @@
+"""Rows that cannot be used: kept with reason, file and row, counted by reason, and too many of them stop the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_ray.corpora.reader import CorpusError
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A bad row: where it lies, the short reason it is counted by, and what is particular to it."""
+
+    file: str
+    row: int
+    reason: str
+    detail: str = ""
+
+
+_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+class Quarantine:
+    """Collects the bad rows of a corpus of `rows` rows; more than `max_share` of them is an error.
+
+    A row counts once, however often it returns.
+    """
+
+    def __init__(self, name: str, rows: int, max_share: float) -> None:
+        self.name = name
+        self.limit = max_share * rows
+        self.rows = rows
+        self.max_share = max_share
+        self._bad: dict[tuple[str, int], Quarantined] = {}
+
+    def add(self, bad: list[Quarantined]) -> None:
+        """Take in bad rows; raises `CorpusError` once there are too many."""
+        for item in bad:
+            self._bad.setdefault((item.file, item.row), item)
+        if len(self._bad) > self.limit:
+            raise CorpusError(self.verdict())
+
+    def verdict(self) -> str:
+        """The sentence that says there are too many."""
+        worst = ", ".join(f"{reason}: {n}" for reason, n in self.counts.most_common(3))
+        example = next(iter(self._bad.values()))
+        return (
+            f"{self.name}: more than {self.max_share:.1%} of its {self.rows} rows cannot be used ({worst}; for example "
+            f"row {example.row} of {example.file}); repair them or raise corpora.max_bad_share"
+        )
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Bad rows by reason."""
+        return Counter(item.reason for item in self._bad.values())
+
+    def __len__(self) -> int:
+        return len(self._bad)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        counts = ", ".join(f"{reason}: {n}" for reason, n in self.counts.most_common())
+        return f"{self.name}: {len(self)} of {self.rows} rows quarantined" + (f" ({counts})" if counts else "")
+
+    def write(self, path: Path) -> None:
+        """Write (or complete) `quarantine.parquet`; nothing is written where there is nothing to say."""
+        if not self._bad:
+            return
+        kept = [] if not path.exists() else pq.read_table(path, schema=_SCHEMA).to_pylist()
+        merged = {(item["file"], item["row"]): item for item in kept}
+        merged |= {key: asdict(item) for key, item in self._bad.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(list(merged.values()), schema=_SCHEMA), path)

@@ -1,0 +1,177 @@
+"""One row of the published Parquet data -> `Prompt`.
+
+The columns (prism.md § 3.3): `prompt` chat list, `images` list of encoded bytes or `struct<bytes, path>`,
+`teacher_caption`, `teacher_cot`, `teacher_response` with or without the format's tags, `answer`,
+`reward_model` struct with `ground_truth`, `extra_info` JSON or struct, `data_source`. Only `prompt` is required.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism_ray.records import Prompt
+from prism_ray.response import parse, render
+
+REQUIRED_COLUMNS = ("prompt",)
+COLUMNS = (
+    "id",
+    "data_source",
+    "prompt",
+    "images",
+    "teacher_caption",
+    "teacher_cot",
+    "teacher_response",
+    "answer",
+    "reward_model",
+    "extra_info",
+)
+"""Every column that is read; others are left on disk."""
+
+MARKER = "<image>"
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. `reason` names the column and what is wrong with it, and is short, so that rows can
+    be counted by it; `detail` is what is particular to this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def prompt_from_row(row: Mapping[str, Any], default_id: str = "", folder: Path | None = None) -> Prompt:
+    """The prompt of a row; `default_id` names it if the row does not, `folder` is where relative image paths start.
+
+    Raises `BadRow`.
+    """
+    extra = _extra(row.get("extra_info"))
+    messages = _messages(row.get("prompt"))
+    images = _images(row.get("images"), folder)
+    markers = sum(m["content"].count(MARKER) for m in messages)
+    if markers != len(images):
+        raise BadRow(f"prompt: {MARKER} markers and images differ in number", f"{markers} and {len(images)}")
+    return Prompt(
+        id=_text(row.get("id")) or _text(extra.get("id")) or default_id,
+        messages=messages,
+        images=images,
+        reference=_reference(row),
+        ground_truth=_ground_truth(row, extra),
+        data_source=_text(row.get("data_source")),
+        extra=extra,
+    )
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    if not _is_list(value) or len(value) == 0:
+        raise BadRow("prompt: not a list of chat turns")
+    turns = []
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise BadRow("prompt: a chat turn without a role")
+        turns.append({"role": turn["role"], "content": _content(turn.get("content"))})
+    if not any(turn["content"].strip() for turn in turns):
+        raise BadRow("prompt: empty")
+    return tuple(turns)
+
+
+def _content(value: Any) -> str:
+    """A content as text; lists of typed parts become text with `<image>` markers."""
+    if isinstance(value, str):
+        return value
+    if not _is_list(value) or not all(isinstance(part, Mapping) for part in value):
+        raise BadRow("prompt: a chat turn whose content is not text")
+    return "".join(MARKER if part.get("type") == "image" else _text(part.get("text")) for part in value)
+
+
+def _images(value: Any, folder: Path | None) -> tuple[bytes, ...]:
+    if value is None:
+        return ()
+    if not _is_list(value):
+        raise BadRow("images: not a list")
+    return tuple(_image(item, folder) for item in value)
+
+
+def _image(item: Any, folder: Path | None) -> bytes:
+    data, path = (item.get("bytes"), item.get("path")) if isinstance(item, Mapping) else (item, None)
+    if isinstance(data, str):
+        data, path = None, data
+    if isinstance(data, bytes) and data:
+        return data
+    if not path:
+        raise BadRow("images: an image with neither bytes nor path")
+    try:
+        return ((folder or Path()) / path).read_bytes()
+    except OSError as error:
+        raise BadRow("images: a file that cannot be read", f"{path}: {error.strerror}") from error
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+    """The teacher's whole response: `teacher_response` if it keeps the format, else put together from the columns.
+
+    What cannot be put together is returned as it stands; whoever requires a reference checks that it parses.
+    """
+    whole = _text(row.get("teacher_response"))
+    if parse(whole).valid:
+        return whole
+    cot = _text(row.get("teacher_cot"))
+    caption = _inner("caption", _text(row.get("teacher_caption"))) or _inner("caption", whole, required=True)
+    think = _inner("think", cot) or _inner("think", whole, required=True)
+    answer = _inner("answer", cot, required=True) or _inner("answer", whole, required=True) or _text(row.get("answer"))
+    if not (caption and think and answer):
+        return whole
+    try:
+        return render(caption, think, answer)
+    except ValueError:
+        return whole
+
+
+def _inner(tag: str, text: str, required: bool = False) -> str:
+    """What stands inside a tag; without the tag the text itself, or nothing where the tag is required."""
+    found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    if found:
+        return found.group(1)
+    return "" if required else text
+
+
+def _ground_truth(row: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+    model = row.get("reward_model")
+    if isinstance(model, str):
+        model = _json("reward_model", model)
+    if model is not None and not isinstance(model, Mapping):
+        raise BadRow("reward_model: not a struct")
+    candidates = ((model or {}).get("ground_truth"), row.get("answer"), extra.get("answer"))
+    return next((_text(c) for c in candidates if c is not None and _text(c)), "")
+
+
+def _extra(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = _json("extra_info", value) if value.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRow("extra_info: not an object")
+    return dict(value)
+
+
+def _json(column: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"{column}: not JSON", str(error)) from error
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else str(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)

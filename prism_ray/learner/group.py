@@ -1,0 +1,199 @@
+"""The learner as Ray actors: data-parallel ranks, and the `LearnerGroup` by which a loop trains them.
+
+Groups stay in the object store: a rank receives references and fetches its own share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from prism_ray.config.learner import LearnerSettings
+from prism_ray.learner.engine import TrainEngine, init_process_group
+from prism_ray.learner.step import Outcome, Recipe, figures, prepare, update
+from prism_ray.models.encode import Encoder
+from prism_ray.models.load import load_policy, save_weights
+from prism_ray.records import Group
+from prism_ray.runtime.protocols import Ticket
+
+TAG = "policy"
+
+
+class LearnerRank:
+    """One process of the group: a part of every batch, and (by ZeRO stage) a part of the optimiser's state."""
+
+    def __init__(self, rank: int, folder: str, settings: LearnerSettings, recipe: Recipe, max_prompt_tokens: int):
+        torch.set_num_threads(max(1, math.ceil(settings.cpus_per_rank)))
+        self.rank, self.folder, self.settings, self.recipe = rank, folder, settings, recipe
+        self.encoder = Encoder(folder, max_prompt_tokens)
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: this machine, and a port that was free a moment ago."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def connect(self, host: str, port: int, total_steps: int | None) -> None:
+        """Join the process group and build the engine."""
+        init_process_group(self.rank, self.settings.ranks, host, port, self.settings.timeout_s)
+        model = load_policy(self.folder)
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.engine = TrainEngine(model, self.settings.optimiser, total_steps)
+
+    def update(self, refs: list[Any], version: int) -> Outcome:
+        """This rank's share of an update, given as references to groups."""
+        groups: list[Group] = ray.get(refs, timeout=self.settings.timeout_s)
+        longest = self.recipe.objective.max_response_tokens
+        work = prepare(groups, self.encoder, self.recipe.advantage, longest)
+        return update(self.engine, work, self.recipe, version, self.encoder.banned_ids)
+
+    def weights(self) -> tuple[dict[str, np.ndarray], bool]:
+        """The weights (of rank 0; the others take part and return nothing) and a word that they are there.
+
+        numpy knows no bfloat16: such weights come as float32, which holds them exactly.
+        """
+        weights = self.engine.weights()
+        if self.rank:
+            return {}, True
+        plain = {n: w.float() if w.dtype == torch.bfloat16 else w for n, w in weights.items()}
+        return {name: weight.numpy() for name, weight in plain.items()}, True
+
+    def save(self, folder: str) -> None:
+        self.engine.save(folder, TAG)
+
+    def load(self, folder: str) -> None:
+        self.engine.load(folder, TAG)
+
+    def export(self, folder: str) -> None:
+        weights = self.engine.weights()
+        if self.rank == 0:
+            save_weights(weights, folder, like=self.folder)
+
+
+class LearnerGroup:
+    """The policy's trainer (`Learner` of runtime/protocols.py), with checkpoints and export.
+
+    Every wait is limited by `settings.timeout_s`; then TimeoutError names the ranks that did not answer. A rank that
+    died is a RuntimeError that names it.
+    """
+
+    def __init__(self, ranks: list[Any], settings: LearnerSettings) -> None:
+        self.ranks, self.settings = ranks, settings
+        self._skipped = 0
+
+    @classmethod
+    async def create(
+        cls,
+        folder: str | Path,
+        settings: LearnerSettings,
+        recipe: Recipe,
+        max_prompt_tokens: int,
+        total_steps: int | None = None,
+        **actor_options: Any,
+    ) -> LearnerGroup:
+        """Start the ranks on the policy in `folder`; `actor_options` go to Ray (placement, names)."""
+        options = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank} | actor_options
+        remote = ray.remote(LearnerRank).options(**options)
+        made = [
+            remote.remote(rank, _absolute(folder), settings, recipe, max_prompt_tokens)
+            for rank in range(settings.ranks)
+        ]
+        group = cls(made, settings)
+        try:
+            host, port = (await group._wait("start", [rank.address.remote() for rank in made]))[0]
+            await group._all("connect", host, port, total_steps)
+        except BaseException:
+            group.shutdown()
+            raise
+        return group
+
+    async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
+        """One optimiser step on judged groups, from `version` to `version + 1`. Returns metrics."""
+        shares = split_by_tokens(tickets, len(self.ranks))
+        calls = [
+            rank.update.remote([ticket.ref for ticket in share], version)
+            for rank, share in zip(self.ranks, shares, strict=True)
+        ]
+        metrics = figures(await self._wait("update", calls))
+        self._skipped += int(metrics["policy/skipped"])
+        metrics["policy/skipped_total"] = float(self._skipped)
+        metrics["staleness/max"] = float(max(version - ticket.oldest_version for ticket in tickets))
+        return metrics
+
+    async def weights(self) -> Any:
+        """A reference to `dict[str, np.ndarray]`, by the policy's own parameter names, whole."""
+        calls = [rank.weights.options(num_returns=2).remote() for rank in self.ranks]
+        await self._wait("weights", [done for _, done in calls])
+        return calls[0][0]
+
+    async def save(self, folder: str | Path) -> None:
+        """Write weights, optimiser and schedule; `load` on as many ranks goes on from there."""
+        await self._all("save", _absolute(folder))
+
+    async def load(self, folder: str | Path) -> None:
+        """Go back to what `save` wrote."""
+        await self._all("load", _absolute(folder))
+
+    async def export(self, folder: str | Path) -> None:
+        """Write the policy as a Hugging Face folder with tokenizer and processor."""
+        await self._all("export", _absolute(folder))
+
+    def shutdown(self) -> None:
+        """End the actors; safe to call twice."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        return await self._wait(method, [getattr(rank, method).remote(*args) for rank in self.ranks])
+
+    async def _wait(self, what: str, calls: list[Any]) -> list[Any]:
+        """The results of one call for each rank."""
+        tasks = [asyncio.wrap_future(call.future()) for call in calls]
+        done, _ = await asyncio.wait(tasks, timeout=self.settings.timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for rank, task in enumerate(tasks):
+            if task in done and isinstance(task.exception(), RayActorError):
+                raise RuntimeError(f"learner rank {rank} died during {what}; its log says why") from task.exception()
+        for task in done:
+            task.result()
+        late = [str(rank) for rank, task in enumerate(tasks) if task not in done]
+        if late:
+            raise TimeoutError(
+                f"learner rank {', '.join(late)} did not finish {what} within learner.timeout_s = "
+                f"{self.settings.timeout_s:g} s; does the cluster grant {self.settings.ranks} x "
+                f"{self.settings.cpus_per_rank:g} CPUs and {self.settings.gpus_per_rank:g} GPUs?"
+            )
+        return [task.result() for task in tasks]
+
+
+def _absolute(folder: str | Path) -> str:
+    """Actors have working directories of their own."""
+    return str(Path(folder).resolve())
+
+
+def split_by_tokens(tickets: Sequence[Ticket], ranks: int) -> list[list[Ticket]]:
+    """Whole groups for each rank with about equal response tokens: the largest first, each to the least loaded rank.
+
+    Within a rank groups are ordered by id, so that an update does not depend on who finished first.
+    """
+    if len(tickets) < ranks:
+        raise ValueError(
+            f"{len(tickets)} groups cannot be split over {ranks} ranks; lower learner.ranks or raise groups_per_step"
+        )
+    shares: list[list[Ticket]] = [[] for _ in range(ranks)]
+    loads = [(0, 0, rank) for rank in range(ranks)]
+    for ticket in sorted(tickets, key=lambda t: (-t.tokens, t.id)):
+        tokens, count, rank = min(loads)
+        shares[rank].append(ticket)
+        loads[rank] = (tokens + ticket.tokens, count + 1, rank)
+    return [sorted(share, key=lambda t: t.id) for share in shares]

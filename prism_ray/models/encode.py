@@ -1,0 +1,250 @@
+"""From a `Prompt` to the tensors a model reads: the one path by which prompts and responses are tokenised.
+
+Images whose size needs no resizing are cut into patches here, a whole batch at once; every other image goes
+through the Hugging Face processor, to which the former is equal to 1e-6.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from prism_ray.records import Prompt
+from prism_ray.response import piece_table
+
+MARKER = "<image>"
+
+
+class BadPrompt(ValueError):
+    """A prompt that cannot be used; the message names it and says why."""
+
+
+class PromptTooLong(BadPrompt):
+    """A prompt with more tokens than the configured limit."""
+
+
+class BadImage(BadPrompt):
+    """A prompt whose images do not decode, or do not match its `<image>` markers."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """A prompt as a model reads it.
+
+    `token_ids` int64 [P], image placeholders expanded, ending with the generation prompt; `pixel_values` float32
+    [patches, 3·2·patch²] and `grid_thw` int64 [images, 3] as the Hugging Face processor gives them (0 rows without
+    images); `position_ids` int64 [3, P] (time, height, width); `visual_spots` int64 [V] where the placeholders lie in
+    `token_ids`. The first response token has position `next_position` in all three rows.
+    """
+
+    id: str
+    token_ids: Tensor
+    pixel_values: Tensor
+    grid_thw: Tensor
+    position_ids: Tensor
+    visual_spots: Tensor
+
+    @property
+    def next_position(self) -> int:
+        return int(self.position_ids.max()) + 1
+
+
+class Encoder:
+    """Tokenises prompts and responses for the model in `folder` (a Hugging Face folder with its processor).
+
+    A prompt of more than `max_prompt_tokens` tokens (placeholders expanded) raises `PromptTooLong`.
+    """
+
+    def __init__(self, folder: str | Path, max_prompt_tokens: int) -> None:
+        if not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json; give the folder of a Hugging Face Qwen3-VL checkpoint")
+        config = AutoConfig.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.tokenizer: Any = self.processor.tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self._image_token: str = self.processor.image_token
+        self._image_id: int = config.image_token_id
+        self._image_processor: Any = self.processor.image_processor
+        self.end_id: int = self.tokenizer.eos_token_id
+        pad_id = self.tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad_id is None else pad_id
+        self.pieces: list[bytes] = piece_table(self.tokenizer)
+        self.banned_ids: list[int] = _banned_ids(config, self.tokenizer, self.end_id)
+
+    def prompt(self, prompt: Prompt) -> EncodedPrompt:
+        """Encode one prompt."""
+        return self.prompts([prompt])[0]
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """Encode several prompts; the images of all of them are processed together."""
+        short = [self._checked_ids(p) for p in prompts]
+        pictures = [_decode(p, i) for p in prompts for i in range(len(p.images))]
+        patches, grids = self._patches(pictures)
+        encoded, first = [], 0
+        for prompt, ids in zip(prompts, short, strict=True):
+            last = first + len(prompt.images)
+            encoded.append(self._assemble(prompt, ids, patches[first:last], grids[first:last]))
+            first = last
+        return encoded
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a response's text and the end token: the path for references and supervised targets."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
+    def engine_prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """The prompt as vLLM takes it: token ids with one placeholder for each image, and the images."""
+        ids = self._checked_ids(prompt)
+        images = [Image.fromarray(_decode(prompt, i)) for i in range(len(prompt.images))]
+        return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {})
+
+    def _checked_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids with one placeholder for each image."""
+        text = self._render(prompt)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        markers = ids.count(self._image_id)
+        if markers != len(prompt.images):
+            raise BadImage(
+                f"prompt {prompt.id}: {markers} {MARKER} markers but {len(prompt.images)} images; give one for each"
+            )
+        if len(ids) > self.max_prompt_tokens:
+            raise self._too_long(prompt, len(ids))
+        return ids
+
+    def _render(self, prompt: Prompt) -> str:
+        messages = [{"role": m["role"], "content": _parts(m["content"])} for m in prompt.messages]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _too_long(self, prompt: Prompt, tokens: int) -> PromptTooLong:
+        limit = f"the limit of {self.max_prompt_tokens} tokens"
+        return PromptTooLong(f"prompt {prompt.id}: {tokens} tokens exceed {limit}; raise max_prompt_tokens or drop it")
+
+    def _assemble(self, prompt: Prompt, ids: list[int], patches: list[Tensor], grids: list[tuple]) -> EncodedPrompt:
+        merge = self._image_processor.merge_size
+        counts = np.ones(len(ids), np.int64)
+        short = np.asarray(ids, np.int64)
+        counts[short == self._image_id] = [t * h * w // merge**2 for t, h, w in grids]
+        token_ids = np.repeat(short, counts)
+        if len(token_ids) > self.max_prompt_tokens:
+            raise self._too_long(prompt, len(token_ids))
+        starts = tuple(int(i) for i in np.flatnonzero(short == self._image_id))
+        positions = rope_positions(len(ids), starts, tuple(grids), merge)
+        width = 3 * self._image_processor.temporal_patch_size * self._image_processor.patch_size**2
+        return EncodedPrompt(
+            id=prompt.id,
+            token_ids=torch.from_numpy(token_ids),
+            pixel_values=torch.cat(patches) if patches else torch.zeros(0, width),
+            grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            position_ids=positions,
+            visual_spots=torch.from_numpy(np.flatnonzero(token_ids == self._image_id)),
+        )
+
+    def _patches(self, pictures: list[np.ndarray]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+        """Patches [n, 3·2·patch²] and grid (t, h, w) of each picture (uint8 [H, W, 3]), in the order given."""
+        patches: list[Tensor] = [torch.empty(0)] * len(pictures)
+        grids: list[tuple[int, int, int]] = [(0, 0, 0)] * len(pictures)
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            by_shape.setdefault(picture.shape, []).append(index)
+        for shape, members in by_shape.items():
+            stack = np.stack([pictures[i] for i in members])
+            if self._keeps_size(shape[0], shape[1]):
+                size = self._image_processor.patch_size
+                grid = (1, shape[0] // size, shape[1] // size)
+                many = patchify(torch.from_numpy(stack), self._image_processor)
+            else:
+                done = self._image_processor(images=list(stack), return_tensors="pt", input_data_format="channels_last")
+                grid = tuple(done["image_grid_thw"][0].tolist())
+                many = done["pixel_values"].reshape(len(members), -1, done["pixel_values"].shape[-1])
+            for index, one in zip(members, many, strict=True):
+                patches[index], grids[index] = one, grid
+        return patches, grids
+
+    def _keeps_size(self, height: int, width: int) -> bool:
+        p = self._image_processor
+        plain = p.do_rescale and p.do_normalize and abs(p.rescale_factor * 255 - 1) < 1e-9
+        if not plain or height % (p.patch_size * p.merge_size) or width % (p.patch_size * p.merge_size):
+            return False
+        limits = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
+        return not p.do_resize or smart_resize(height, width, p.patch_size * p.merge_size, **limits) == (height, width)
+
+
+def patchify(pictures: Tensor, processor: Any) -> Tensor:
+    """Normalised patches float32 [N, patches, 3·t·p·p] of uint8 pictures [N, H, W, 3] of equal, fitting size.
+
+    Order as in transformers' `Qwen2VLImageProcessor.patchify`: merge blocks row by row, patches inside a block, then
+    channel, time (the picture repeated), row, column.
+    """
+    count, height, width, _ = pictures.shape
+    size, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    mean = torch.tensor(processor.image_mean, dtype=torch.float32) * 255
+    std = torch.tensor(processor.image_std, dtype=torch.float32) * 255
+    pixels = (pictures.float() - mean) / std
+    block = size * merge
+    cut = pixels.reshape(count, height // block, merge, size, width // block, merge, size, 3)
+    cut = cut.permute(0, 1, 4, 2, 5, 7, 3, 6).unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    return cut.reshape(count, (height // size) * (width // size), 3 * frames * size * size)
+
+
+@lru_cache(maxsize=4096)
+def rope_positions(length: int, starts: tuple[int, ...], grids: tuple[tuple[int, int, int], ...], merge: int) -> Tensor:
+    """Position ids int64 [3, P] of a prompt: `length` tokens with one placeholder at each of `starts`.
+
+    Equal to transformers' `Qwen3VLModel.get_rope_index` on the expanded prompt: text counts on in all three rows, an
+    image spans its merged grid and moves the count by the longer side. Treat the result as read-only, it is shared.
+    """
+    parts, position, done = [], 0, 0
+    for start, (t, h, w) in zip(starts, grids, strict=True):
+        parts.append(_text_positions(position, start - done))
+        position += start - done
+        grid = torch.meshgrid(torch.arange(t), torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        parts.append(torch.stack(grid).reshape(3, -1) + position)
+        position += max(h, w) // merge
+        done = start + 1
+    parts.append(_text_positions(position, length - done))
+    return torch.cat(parts, dim=1)
+
+
+def _text_positions(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count).expand(3, -1)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """Chat-template parts of a content in which `<image>` stands for an image."""
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(content.split(MARKER)):
+        if index:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _decode(prompt: Prompt, index: int) -> np.ndarray:
+    """The picture as uint8 [H, W, 3]."""
+    try:
+        with Image.open(io.BytesIO(prompt.images[index])) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # PIL raises many types on damaged files, SyntaxError and struct.error among them
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise BadImage(f"prompt {prompt.id}: image {index} does not decode ({reason}); replace or drop it") from error
+
+
+def _banned_ids(config: Any, tokenizer: Any, end_id: int) -> list[int]:
+    """What a policy must never sample: special and vision tokens, and ids that stand for no token."""
+    banned = set(tokenizer.all_special_ids)
+    banned |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    banned |= {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    banned |= set(range(len(tokenizer), config.get_text_config().vocab_size))
+    return sorted(banned - {end_id})

@@ -1,0 +1,103 @@
+"""Where judged groups wait for the learner, and what decides which of them make the next batch.
+
+Complete groups train as they come, oldest first, with one exception that makes the staleness bound strict. A group
+submitted at version s must train at version `s + max_staleness` at the latest (its deadline). A batch is held back
+while training it without the unfinished groups would leave more groups due by some deadline than the batches until
+then can hold (the feasibility condition of earliest-deadline-first scheduling). The gate keeps the whole set feasible,
+so waiting always helps, and a straggler delays a batch only when the bound is really at stake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from prism_ray.runtime.protocols import Ticket
+
+
+class StallError(TimeoutError):
+    """The learner waited too long for a batch; the message says which groups were where."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    version: int
+    """Learner version when the group was submitted."""
+    phase: str
+    """What the group waits for: `generation`, `verdict`, `journal`."""
+
+
+class Buffer:
+    """Groups in flight and groups ready, with the rule above. Not thread-safe: one asyncio loop owns it."""
+
+    def __init__(self, groups_per_step: int, max_staleness: int):
+        self.groups_per_step = groups_per_step
+        self.max_staleness = max_staleness
+        self._flying: dict[int, _Waiting] = {}
+        self._ready: dict[int, tuple[int, Ticket]] = {}
+        self._changed = asyncio.Event()
+
+    def start(self, ticket_id: int, version: int) -> None:
+        """A group has been submitted at this learner version."""
+        if ticket_id in self._flying or ticket_id in self._ready:
+            raise ValueError(f"group {ticket_id} was submitted twice")
+        self._flying[ticket_id] = _Waiting(version, "generation")
+
+    def moved(self, ticket_id: int, phase: str) -> None:
+        """The group now waits for something else (for the message of a stall)."""
+        self._flying[ticket_id] = _Waiting(self._flying[ticket_id].version, phase)
+
+    def add(self, ticket: Ticket) -> None:
+        """The group is judged and in the journal: it may train."""
+        waiting = self._flying.pop(ticket.id)
+        self._ready[ticket.id] = (waiting.version, ticket)
+        self._changed.set()
+
+    def ready_for(self, version: int) -> bool:
+        """Whether the batch of this version may train now under the rule above."""
+        if len(self._ready) < self.groups_per_step:
+            return False
+        if not self._flying:
+            return True
+        batch = set(self._oldest())
+        left = [w.version for w in self._flying.values()]
+        left += [v for i, (v, _) in self._ready.items() if i not in batch]
+        deadlines = sorted(submitted + self.max_staleness for submitted in left)
+        return all(due <= (d - version) * self.groups_per_step for due, d in enumerate(deadlines, start=1))
+
+    def _oldest(self) -> list[int]:
+        """Ids of the ready groups that would make the next batch: first by version, then by number."""
+        return sorted(self._ready, key=lambda i: (self._ready[i][0], i))[: self.groups_per_step]
+
+    async def take(self, version: int, timeout_s: float) -> list[Ticket]:
+        """Wait for the batch of this version and remove it: the groups submitted first, by version and number.
+
+        Raises StallError after `timeout_s` without a complete batch.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not self.ready_for(version):
+            self._changed.clear()
+            try:
+                remaining = deadline - asyncio.get_running_loop().time()
+                await asyncio.wait_for(self._changed.wait(), max(remaining, 0.0))
+            except TimeoutError:
+                raise StallError(self._describe_stall(version, timeout_s)) from None
+        return [self._ready.pop(i)[1] for i in self._oldest()]
+
+    def _describe_stall(self, version: int, timeout_s: float) -> str:
+        where: dict[str, list[int]] = {}
+        for ticket_id, waiting in self._flying.items():
+            where.setdefault(waiting.phase, []).append(ticket_id)
+        flying = "; ".join(f"waiting for {phase}: groups {ids[:8]}" for phase, ids in where.items()) or "none in flight"
+        return (
+            f"update {version + 1} waited {timeout_s:.0f} s for {self.groups_per_step} judged groups and has "
+            f"{len(self._ready)} ({flying}); look at that room's log, or raise loop.stall_timeout_s"
+        )
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying)
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)

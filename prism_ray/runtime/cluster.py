@@ -1,0 +1,61 @@
+"""Starting or joining the Ray cluster, and refusing at once what it cannot hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+
+import ray
+
+from prism_ray.config.runtime import ClusterSettings
+
+WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""In every actor: one thread each (more threads than cores cost 5-10x on a CPU machine), and never a model hub."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot hold what the configuration asks for."""
+
+
+def start(settings: ClusterSettings) -> None:
+    """Join the configured cluster, or start a private one on this machine."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": WORKER_ENV}
+    if address:
+        ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
+        return
+    ray.init(
+        num_cpus=settings.cpus or os.cpu_count(),
+        object_store_memory=settings.object_store_mb * 2**20,
+        include_dashboard=False,
+        runtime_env=environment,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def require(needs: Mapping[str, Mapping[str, float]], timeout_s: float) -> None:
+    """Check that the cluster has what all actors together need: `{"rollout engines (2 x)": {"CPU": 2, "GPU": 2}, …}`.
+
+    Raises ClusterError with one sentence: what is needed, what is there, who asks for most, and what to change. A
+    cluster that is still growing is given `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    total = {r: sum(n.get(r, 0.0) for n in needs.values()) for r in ("CPU", "GPU")}
+    while True:
+        there = ray.cluster_resources()
+        missing = [r for r, amount in total.items() if amount > there.get(r, 0.0) + 1e-9]
+        if not missing:
+            return
+        if time.monotonic() > deadline or not os.environ.get("RAY_ADDRESS"):
+            break
+        time.sleep(1.0)
+    resource = missing[0]
+    who = ", ".join(f"{name}: {need[resource]:g}" for name, need in needs.items() if need.get(resource))
+    raise ClusterError(
+        f"the configuration asks for {total[resource]:g} {resource}s ({who}) but the cluster has "
+        f"{there.get(resource, 0.0):g}; lower rollout.engines, learner.ranks or their {resource.lower()}s, "
+        "or use a larger cluster"
+    )

@@ -1,0 +1,70 @@
+"""The journal's actor: fetches judged groups from the object store and writes them, so the coordinator never does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from prism_ray.config.runtime import JournalSettings
+from prism_ray.runtime import journal
+from prism_ray.runtime.protocols import Ticket
+
+
+class JournalKeeper:
+    """Writes judged groups to a stage's journal and reads them back on resume."""
+
+    def __init__(self, folder: Path, settings: JournalSettings, timeout_s: float):
+        self._folder, self._timeout_s = folder, timeout_s
+        self._actor: Any = ray.remote(_Keeper).options(num_cpus=0).remote(folder, settings)
+        self._segments: dict[int, int] = {}
+
+    async def append(self, ticket: Ticket) -> None:
+        """Write the ticket's group; returns once the operating system has it."""
+        meta = {"id": ticket.id, "prompt_id": ticket.prompt_id, "position": ticket.position, "stats": ticket.stats}
+        meta |= {"oldest_version": ticket.oldest_version, "tokens": ticket.tokens}
+        number = await self._wait(self._actor.append.remote(meta, ticket.ref), f"to take group {ticket.id}")
+        self._segments[ticket.id] = number
+
+    async def forget(self, ticket_ids: list[int]) -> None:
+        """These groups are in a checkpoint: segments that hold only such groups are deleted."""
+        for ticket_id in ticket_ids:
+            self._segments.pop(ticket_id, None)
+        if self._segments:
+            await self._wait(self._actor.remove_before.remote(min(self._segments.values())), "to remove old segments")
+
+    async def restore(self, consumed: set[int]) -> list[Ticket]:
+        """Tickets of journalled groups that no checkpointed update has consumed."""
+        entries = await self._wait(self._actor.restore.remote(consumed), "to read its segments")
+        return [Ticket(ref=ref, **meta) for meta, ref in entries]
+
+    async def close(self) -> None:
+        await self._wait(self._actor.close.remote(), "to close")
+        ray.kill(self._actor)
+
+    async def _wait(self, reference: Any, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(reference, self._timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"waited {self._timeout_s:.0f} s for the journal in {self._folder} {what}") from None
+
+
+class _Keeper:
+    def __init__(self, folder: Path, settings: JournalSettings):
+        self._folder = folder
+        self._journal = journal.Journal(folder, settings.segment_mb, settings.fsync)
+
+    def append(self, meta: dict[str, Any], group: Any) -> int:
+        return self._journal.append({"ticket": meta, "group": group})
+
+    def remove_before(self, number: int) -> None:
+        self._journal.remove_before(number)
+
+    def restore(self, consumed: set[int]) -> list[tuple[dict[str, Any], Any]]:
+        entries = (e for e in journal.read(self._folder) if e["ticket"]["id"] not in consumed)
+        return [(entry["ticket"], ray.put(entry["group"])) for entry in entries]
+
+    def close(self) -> None:
+        self._journal.close()

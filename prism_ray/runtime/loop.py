@@ -1,0 +1,175 @@
+"""The actor-learner loop: the whole of the asynchrony on one page.
+
+Alignment and RLVR run this same loop with another judge. It knows four protocols (`protocols.py`) and none of the
+rooms behind them. Three things happen at once:
+
+* `_submit` takes prompts from the stream whenever the gate allows, and sends each on its way;
+* `_carry` takes one group through generation, verdict and journal into the buffer;
+* `_train` takes complete batches, updates policy and judge, and publishes the new weights to the engines, which go on
+  decoding under them.
+
+With `max_staleness: 0` the gate admits exactly one batch a version and the same code is synchronous training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from prism_ray.config.runtime import LoopSettings
+from prism_ray.runtime.buffer import Buffer
+from prism_ray.runtime.gate import submission_limit
+from prism_ray.runtime.protocols import Judge, Learner, Prompts, Rollouts, Ticket
+
+
+class Keeper(Protocol):
+    """Where judged groups are kept before they count (`runtime/keeper.py`)."""
+
+    async def append(self, ticket: Ticket) -> None: ...
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint holds of the loop itself; everything else is the rooms' own.
+
+    `consumed` are the stream positions of the prompts trained on so far, `groups` the ids of those groups.
+    """
+
+    version: int = 0
+    next_id: int = 0
+    consumed: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+
+OnStep = Callable[[LoopState, dict[str, float]], Awaitable[None]]
+
+
+class Loop:
+    """One stage's loop. `on_step` is awaited after every update, before the next batch is taken: it logs,
+    checkpoints, and may raise `Stopped`."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        rollouts: Rollouts,
+        judge: Judge,
+        learner: Learner,
+        keeper: Keeper,
+        settings: LoopSettings,
+        on_step: OnStep,
+    ):
+        self.prompts, self.rollouts, self.judge, self.learner = prompts, rollouts, judge, learner
+        self.keeper, self.settings, self.on_step = keeper, settings, on_step
+        self._gate = asyncio.Event()
+
+    async def run(self, updates: int, state: LoopState, restored: list[Ticket] | None = None) -> LoopState:
+        """Train until `updates` optimiser steps are done; `restored` are judged groups from the journal.
+
+        The engines must hold the weights of `state.version`. The first failure of any task ends the loop and is
+        raised as it is.
+        """
+        self.state, self.updates = state, updates
+        self.buffer = Buffer(self.settings.groups_per_step, self.settings.max_staleness)
+        self._engine_version = state.version
+        self._taken = state.version * self.settings.groups_per_step
+        for ticket in restored or []:
+            self.buffer.start(ticket.id, ticket.oldest_version)
+            self.buffer.add(ticket)
+        self._gate.set()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                submitting = tasks.create_task(self._submit(tasks))
+                await self._train(tasks)
+                submitting.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+        return self.state
+
+    def _may_submit(self) -> bool:
+        """The gate: counted from the version that every engine holds, so that no token is older than its group."""
+        total = self._taken + self.buffer.in_flight + self.buffer.ready
+        limit = submission_limit(self._engine_version, self.settings.max_staleness, self.settings.groups_per_step)
+        return total < min(limit, self.updates * self.settings.groups_per_step)
+
+    async def _submit(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            while not self._may_submit():
+                self._gate.clear()
+                await self._gate.wait()
+            prompt_id, position, ref = await self.prompts.take()
+            ticket = Ticket(self.state.next_id, prompt_id, position, ref)
+            self.state.next_id += 1
+            self.buffer.start(ticket.id, self._engine_version)
+            tasks.create_task(self._carry(ticket))
+
+    async def _carry(self, ticket: Ticket) -> None:
+        ticket = await self.rollouts.generate(ticket)
+        self.buffer.moved(ticket.id, "verdict")
+        ticket = await self.judge.judge(ticket)
+        self.buffer.moved(ticket.id, "journal")
+        await self.keeper.append(ticket)
+        self.buffer.add(ticket)
+
+    async def _train(self, tasks: asyncio.TaskGroup) -> None:
+        publishing: asyncio.Task[dict[str, float]] | None = None
+        while self.state.version < self.updates:
+            began = time.monotonic()
+            batch = await self._take()
+            waited = time.monotonic() - began
+            metrics = await self._update(batch)
+            if publishing is not None:
+                metrics |= await publishing
+            weights = await self.learner.weights()
+            publishing = tasks.create_task(self._publish(weights, self.state.version))
+            if self.settings.max_staleness == 0:
+                await publishing
+            busy = time.monotonic() - began
+            metrics |= {"learner/wait_share": waited / busy, "time/step_s": busy}
+            metrics |= _batch_metrics(batch, self.state.version - 1)
+            await self.on_step(self.state, metrics)
+        if publishing is not None:
+            await publishing
+
+    async def _take(self) -> list[Ticket]:
+        batch = await self.buffer.take(self.state.version, self.settings.stall_timeout_s)
+        self._taken += len(batch)
+        return batch
+
+    async def _update(self, batch: list[Ticket]) -> dict[str, float]:
+        """One step of the policy and one of the judge, at the same time: both see the scores from before it."""
+        version = self.state.version
+        policy, judge = await asyncio.gather(self.learner.update(batch, version), self.judge.learn(batch, version))
+        self.state = replace(
+            self.state,
+            version=version + 1,
+            consumed=self.state.consumed + [t.position for t in batch],
+            groups=self.state.groups + [t.id for t in batch],
+        )
+        return policy | judge
+
+    async def _publish(self, weights: Any, version: int) -> dict[str, float]:
+        metrics = await self.rollouts.publish(weights, version)
+        self._engine_version = version
+        self._gate.set()
+        return metrics
+
+
+def _batch_metrics(batch: list[Ticket], version: int) -> dict[str, float]:
+    """Staleness of the batch trained at `version`, and the mean of whatever the rooms noted on its tickets."""
+    ages = [version - t.oldest_version for t in batch]
+    metrics = {"staleness/max": float(max(ages)), "staleness/mean": sum(ages) / len(ages)}
+    for name in sorted({name for t in batch for name in t.stats}):
+        values = [t.stats[name] for t in batch if name in t.stats]
+        metrics[name] = sum(values) / len(values)
+    return metrics
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure itself: a person wants its sentence, not a tree of tasks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

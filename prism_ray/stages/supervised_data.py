@@ -1,0 +1,120 @@
+"""The training data of supervised phases: which rows make up each step, and the Ray Data pipeline that prepares them.
+
+Step s of a phase is made of rows [s·B, (s+1)·B) of its corpus's order, dealt to the ranks in equal parts, so a step
+number says all there is to know: a rank that starts again goes on at the very row, and reads nothing that came before.
+(`ray.train.get_dataset_shard` starts again at row 0 and deals blocks to whoever asks first, hence a Ray Data shard
+made by each rank for itself.) Every phase's data follows the previous one's in one pipeline, so nothing waits between.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prism_ray.config.corpora import CorporaSettings
+from prism_ray.corpora.quarantine import Quarantined
+from prism_ray.corpora.reader import CorpusError, RowOrder, dataset, read_piece
+from prism_ray.stages.supervised_tasks import Entry, Task
+
+
+@dataclass(frozen=True)
+class Course:
+    """One phase's data: `steps` steps of `batch` rows in `order`, prepared by `task`."""
+
+    name: str
+    task: Task
+    order: RowOrder
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """A rank's part of one step: `micro` batches, the `size` of their loss in terms, and rows that were `bad`.
+
+    A bad row's place is taken by a good one before it, so ranks have equally many micro-batches. Bad rows are named
+    in the first epoch only.
+    """
+
+    micro: list[Any]
+    size: int
+    bad: list[Quarantined]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The steps of all phases as one rank sees them."""
+
+    courses: tuple[Course, ...]
+    rank: int
+    ranks: int
+    micro_batch: int
+    settings: CorporaSettings
+
+    def portions(self, first_step: int) -> Iterator[tuple[int, int, Portion]]:
+        """(phase, step in the phase, portion) from the overall step on, prepared ahead of need."""
+        tasks = list(self._tasks(first_step))
+        if not tasks:
+            return
+        rows = dataset(tasks, self._prepare, self.settings)
+        for block in rows.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"):
+            for phase, step, portion in zip(block["phase"], block["step"], block["portion"], strict=True):
+                yield int(phase), int(step), pickle.loads(portion)
+
+    def _tasks(self, first_step: int) -> Iterator[dict[str, int]]:
+        for phase, course in enumerate(self.courses):
+            length = max(1, self.settings.rows_per_task * self.ranks // course.batch)
+            for step in range(max(0, first_step), course.steps, length):
+                yield {"phase": phase, "first": step, "last": min(step + length, course.steps)}
+            first_step -= course.steps
+
+    def _prepare(self, task: dict[str, int]) -> Iterator[dict[str, Any]]:
+        """Runs in Ray Data's workers."""
+        course = self.courses[task["phase"]]
+        spare: Any = None
+        for step in range(task["first"], task["last"]):
+            start = step * course.batch + self.rank * course.batch // self.ranks
+            stop = step * course.batch + (self.rank + 1) * course.batch // self.ranks
+            prepared = course.task.prepare(entries(course, start, stop))
+            good = [item for item in prepared if not isinstance(item, Quarantined)]
+            bad = [item for item in prepared if isinstance(item, Quarantined)]
+            spare = good[0] if good else spare
+            if spare is None:
+                raise CorpusError(f"{course.name}: a whole batch cannot be used ({bad[0].reason}); repair the corpus")
+            portion = self._portion(course.task, good + [spare] * len(bad), bad if start < course.order.rows else [])
+            yield {"phase": task["phase"], "step": step, "portion": _pickled(portion)}
+
+    def _portion(self, task: Task, samples: list[Any], bad: list[Quarantined]) -> Portion:
+        samples.sort(key=task.size)
+        cuts = range(0, len(samples), self.micro_batch)
+        micro = [task.collate(samples[i : i + self.micro_batch]) for i in cuts]
+        return Portion(micro, sum(map(task.size, samples)), bad)
+
+
+def entries(course: Course, start: int, stop: int) -> list[Entry]:
+    """The rows at positions start … stop-1."""
+    pieces = course.order.pieces(start, stop)
+    return [(p.fragment.file, row, columns) for p in pieces for _, row, columns in read_piece(p, course.task.columns)]
+
+
+def overall(courses: Sequence[Course], phase: int, step: int) -> int:
+    """The overall number of a phase's step."""
+    return sum(course.steps for course in courses[:phase]) + step
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as numpy arrays: several times faster than torch's own pickling, which writes an archive for each."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
+
+
+def _pickled(portion: Portion) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(portion)
+    return buffer.getvalue()

@@ -1,0 +1,195 @@
+"""What a supervised phase learns: responses (cross-entropy on response tokens), or the cells of the testbed's images.
+
+A task has two halves: rows become samples in Ray Data's workers (`prepare`, `collate`, `size`), and samples become a
+loss in the ranks (`module`, `loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prism_ray.corpora.checks import Requirements, check
+from prism_ray.corpora.quarantine import Quarantined
+from prism_ray.corpora.rows import COLUMNS, BadRow, prompt_from_row
+from prism_ray.models.batch import Batch, Sample, collate
+from prism_ray.models.encode import BadImage, EncodedPrompt, Encoder, PromptTooLong
+from prism_ray.models.logprobs import response_logprobs
+from prism_ray.models.pretrain import CellProbe
+from prism_ray.records import Prompt
+
+Entry = tuple[str, int, dict[str, Any]]
+"""A row: file, row in the file, columns."""
+
+
+class Task(Protocol):
+    """What the trainer needs of a task. `required` columns must exist, `columns` are read."""
+
+    required: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def prepare(self, entries: Sequence[Entry]) -> list[Any]:
+        """A sample, or `Quarantined`, for each row."""
+        ...
+
+    def size(self, sample: Any) -> int:
+        """Terms of the loss that the sample brings."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """Samples side by side, something with `.to(device)`."""
+        ...
+
+    def module(self, policy: Any) -> nn.Module:
+        """What is trained: the policy, or something around a part of it."""
+        ...
+
+    def loss(self, module: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and further metrics, each summed over the batch's terms."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResponseTask:
+    """Cross-entropy on the tokens of the references (the end token included), read as `model`'s tokenizer has it."""
+
+    model: str
+    max_prompt_tokens: int
+    max_response_tokens: int
+    max_image_pixels: int
+    required: tuple[str, ...] = ("prompt", "teacher_response")
+    columns: tuple[str, ...] = COLUMNS
+
+    def prepare(self, entries: Sequence[Entry]) -> list[Any]:
+        needs = Requirements(reference=True, decode=False, max_image_pixels=self.max_image_pixels)
+        prompts: list[Any] = [_prompt(entry, needs) for entry in entries]
+        encoder = _encoder(self.model, self.max_prompt_tokens)
+        encoded = _encoded(encoder, entries, prompts)
+        pairs = zip(entries, prompts, encoded, strict=True)
+        return [e if isinstance(e, Quarantined) else self._sample(encoder, entry, p, e) for entry, p, e in pairs]
+
+    def _sample(self, encoder: Encoder, entry: Entry, prompt: Prompt, encoded: EncodedPrompt) -> Any:
+        ids = encoder.response(prompt.reference)
+        if len(ids) > self.max_response_tokens:
+            detail = f"{len(ids)} tokens, the limit is {self.max_response_tokens}"
+            return Quarantined(entry[0], entry[1], "teacher_response: too long", detail)
+        return Sample(encoded, torch.tensor(ids))
+
+    def size(self, sample: Sample) -> int:
+        return len(sample.response_ids)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples)
+
+    def module(self, policy: Any) -> nn.Module:
+        return policy
+
+    def loss(self, module: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logp_BR, _ = response_logprobs(module, batch)
+        return -logp_BR.sum(), {}
+
+
+@dataclass(frozen=True, eq=False)
+class CellBatch:
+    """Images [patches, 1536] with grids [images, 3], and the labels [tokens, kinds] of their visual tokens."""
+
+    pixel_values: Tensor
+    grid_thw: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> CellBatch:
+        """This batch on another device."""
+        return CellBatch(*(t.to(device, non_blocking=True) for t in (self.pixel_values, self.grid_thw, self.labels)))
+
+
+class CellReader(nn.Module):
+    """A vision tower and the probe that reads it."""
+
+    def __init__(self, visual: nn.Module, probe: CellProbe) -> None:
+        super().__init__()
+        self.visual = visual
+        self.probe = probe
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """Vision pre-training of the testbed: `labels` (class indices of each cell, in reading order) from `images`."""
+
+    model: str
+    max_image_pixels: int
+    required: tuple[str, ...] = ("images", "labels")
+    columns: tuple[str, ...] = ("images", "labels")
+
+    def prepare(self, entries: Sequence[Entry]) -> list[Any]:
+        needs = Requirements(decode=False, max_image_pixels=self.max_image_pixels)
+        asked = [{"role": "user", "content": "<image>"}]
+        prompts = [_prompt((file, row, {**columns, "prompt": asked}), needs) for file, row, columns in entries]
+        encoded = _encoded(_encoder(self.model, self.max_image_pixels), entries, prompts)
+        return [_cells(entry, e) for entry, e in zip(entries, encoded, strict=True)]
+
+    def size(self, sample: CellBatch) -> int:
+        return len(sample.labels)
+
+    def collate(self, samples: Sequence[CellBatch]) -> CellBatch:
+        fields = ([s.pixel_values for s in samples], [s.grid_thw for s in samples], [s.labels for s in samples])
+        return CellBatch(*map(torch.cat, fields))
+
+    def module(self, policy: Any) -> nn.Module:
+        levels = len(policy.config.vision_config.deepstack_visual_indexes)
+        return CellReader(policy.model.visual, CellProbe(policy.config.get_text_config().hidden_size, levels))
+
+    def loss(self, module: Any, batch: CellBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, accuracy = module.probe(module.visual, batch.pixel_values, batch.grid_thw, batch.labels)
+        return loss * len(batch.labels), {"accuracy": accuracy * len(batch.labels)}
+
+
+@lru_cache(maxsize=2)
+def _encoder(model: str, max_prompt_tokens: int) -> Encoder:
+    torch.set_num_threads(1)
+    return Encoder(model, max_prompt_tokens)
+
+
+def _prompt(entry: Entry, needs: Requirements) -> Prompt | Quarantined:
+    file, row, columns = entry
+    folder = None if "://" in file else Path(file).parent
+    try:
+        prompt = prompt_from_row(columns, default_id=f"{Path(file).stem}:{row}", folder=folder)
+        check(prompt, needs)
+    except BadRow as bad:
+        return Quarantined(file, row, bad.reason, bad.detail)
+    return prompt
+
+
+def _encoded(encoder: Encoder, entries: Sequence[Entry], prompts: Sequence[Any]) -> list[Any]:
+    """`EncodedPrompt` or `Quarantined` for each; all at once, and one by one only if one of them is bad."""
+    good = [p for p in prompts if isinstance(p, Prompt)]
+    try:
+        encoded = iter(encoder.prompts(good))
+        return [next(encoded) if isinstance(p, Prompt) else p for p in prompts]
+    except ValueError:
+        pairs = zip(entries, prompts, strict=True)
+        return [_encoded_one(encoder, e, p) if isinstance(p, Prompt) else p for e, p in pairs]
+
+
+def _encoded_one(encoder: Encoder, entry: Entry, prompt: Prompt) -> EncodedPrompt | Quarantined:
+    try:
+        return encoder.prompt(prompt)
+    except PromptTooLong as error:
+        return Quarantined(entry[0], entry[1], "prompt: too long", str(error))
+    except BadImage as error:
+        return Quarantined(entry[0], entry[1], "images: does not decode", str(error))
+
+
+def _cells(entry: Entry, encoded: Any) -> CellBatch | Quarantined:
+    if isinstance(encoded, Quarantined):
+        return encoded
+    labels, tokens = entry[2]["labels"] or [], len(encoded.visual_spots)
+    if tokens == 0 or not labels or len(labels) % tokens:
+        return Quarantined(entry[0], entry[1], "labels: do not fit the image", f"{len(labels)} for {tokens} tokens")
+    return CellBatch(encoded.pixel_values, encoded.grid_thw, torch.tensor(labels).view(tokens, -1))

@@ -1,0 +1,110 @@
+"""Discriminator warm-up: pairs of references and SFT rollouts until the judge is worth following."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from prism_ray.corpora.stream import PromptStream
+from prism_ray.discriminator.model import build_discriminator, save_new
+from prism_ray.discriminator.pool import DiscriminatorPool
+from prism_ray.records import Group, Prompt
+from prism_ray.report.progress import Progress
+from prism_ray.response import VIEWS
+from prism_ray.rollout.pool import RolloutPool
+from prism_ray.stages.pipeline import Outcome
+from prism_ray.stages.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class WeakDiscriminator(RuntimeError):
+    """The warmed-up discriminator does not tell references from rollouts well enough to train a policy on."""
+
+
+async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Path]) -> Outcome:
+    """Upcycle the policy to a discriminator, train it on its rollouts, and export it.
+
+    Stops early once every view's held-out pair accuracy has reached the target. Raises WeakDiscriminator where one has
+    not at the end: its noise would be normalised to full-size policy updates.
+    """
+    settings = session.settings
+    initial = session.stage_folder(name) / "upcycled"
+    untrained = await asyncio.to_thread(build_discriminator, policy, settings.discriminator, settings.seed)
+    await asyncio.to_thread(save_new, untrained, initial, policy)
+    starting = DiscriminatorPool.start(initial, settings.discriminator, settings.rollout.max_prompt_tokens)
+    engines, judge = await asyncio.gather(session.engines(policy), starting)
+    stream = PromptStream(
+        corpus,
+        session.requirements(policy, reference=True),
+        settings.corpora,
+        settings.seed,
+        quarantine=session.quarantine(name),
+    )
+    try:
+        steps = await _train(session, name, engines, judge, stream)
+        await judge.export(session.checkpoint(name))
+    finally:
+        stream.close()
+        judge.shutdown()
+    return Outcome(steps, session.checkpoint(name))
+
+
+async def _train(
+    session: Session, name: str, engines: RolloutPool, judge: DiscriminatorPool, stream: PromptStream
+) -> int:
+    """Steps until the target is reached; the next batch is sampled while the judge learns from this one."""
+    settings = session.settings.warmup
+    held_out = await _sample(engines, stream, settings.held_out_prompts, settings.rollouts, set())
+    reserved = {group.prompt.id for group in held_out}
+    accuracy = await judge.measure(held_out)
+    coming = asyncio.create_task(_sample(engines, stream, settings.prompts_per_step, settings.rollouts, reserved))
+    step = 0
+    with Progress(name, settings.max_steps) as progress:
+        while step < settings.max_steps:
+            session.check_stop()
+            batch = await coming
+            if step + 1 < settings.max_steps:
+                coming = asyncio.create_task(
+                    _sample(engines, stream, settings.prompts_per_step, settings.rollouts, reserved)
+                )
+            metrics = await judge.warm_up(batch)
+            step += 1
+            if step >= settings.min_steps and step % 2 == 0 or step == settings.max_steps:
+                accuracy = await judge.measure(held_out)
+            metrics |= {f"{key}_held_out": value for key, value in accuracy.items()}
+            session.metrics.write(name, step, metrics)
+            progress.update(step, **metrics)
+            if step >= settings.min_steps and _weakest(accuracy) >= settings.target_accuracy:
+                break
+        coming.cancel()
+    if _weakest(accuracy) < settings.target_accuracy:
+        raise WeakDiscriminator(
+            f"after {step} warm-up steps the held-out pair accuracy is "
+            + ", ".join(f"{accuracy.get(_accuracy_of(view), 0.0):.2f} ({view})" for view in VIEWS)
+            + f", below warmup.target_accuracy {settings.target_accuracy}; raise warmup.max_steps, check the "
+            "references, or lower the target knowingly"
+        )
+    return step
+
+
+async def _sample(
+    engines: RolloutPool, stream: PromptStream, count: int, rollouts: int, reserved: set[str]
+) -> list[Group]:
+    """Rollouts of the next `count` prompts of the stream that are not reserved."""
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        prompt_id, _, ref = await stream.take()
+        if prompt_id not in reserved:
+            prompts.append(await ref)
+    return await engines.sample(prompts, rollouts)
+
+
+def _accuracy_of(view: str) -> str:
+    return f"discriminator/pair_accuracy/{view}"
+
+
+def _weakest(accuracy: dict[str, float]) -> float:
+    """The lowest accuracy of a view; 0 for a view without pairs (no valid rollout, or all identical to references)."""
+    return min(accuracy.get(_accuracy_of(view), 0.0) for view in VIEWS)

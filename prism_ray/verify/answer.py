@@ -1,0 +1,20 @@
+"""`prism/Answer-v0`: the answer is compared with the prompt's ground truth, as text and as numbers."""
+
+from __future__ import annotations
+
+import gymnasium
+
+from prism_ray.verify.environment import ResponseEnvironment
+from prism_ray.verify.rewards import answers_agree
+
+ID = "prism/Answer-v0"
+
+
+class AnswerEnvironment(ResponseEnvironment):
+    """Right or wrong; an answer of several values is right if all of them are, in order."""
+
+    def accuracy(self, answer: str, truth: str) -> float:
+        return float(answers_agree(answer, truth))
+
+
+gymnasium.register(id=ID, entry_point=f"{__name__}:AnswerEnvironment")

@@ -1,0 +1,117 @@
+"""`VerifierPool`: fulfils the loop's `Judge` with a Gymnasium environment (contract: `verify/environment.py`).
+
+Groups are judged in Ray tasks, in worker processes of their own: an answer that hangs a verifier costs its group, when
+the time is up and the worker is killed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import gymnasium
+import ray
+from ray.exceptions import WorkerCrashedError
+
+from prism_ray.config.verify import VerifySettings
+from prism_ray.records import Group, Ticket, Verdict
+
+_PARTS = ("accuracy", "format")
+_KNOWN = (*_PARTS, "valid", "reason")
+
+
+class BrokenEnvironment(ValueError):
+    """An environment that does not keep the contract."""
+
+
+def make_environment(environment: str) -> gymnasium.Env[Any, Any]:
+    """The environment of this id; ValueError with a sentence where it cannot be made."""
+    try:
+        return gymnasium.make(environment, disable_env_checker=True)
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        cause = str(error).split("\n")[0].rstrip(".")
+        form = "name a registered environment as module:namespace/Name-v0"
+        raise ValueError(f"verify.environment: {environment} cannot be made ({cause}); {form}") from error
+
+
+def judge_group(group: Group, env: gymnasium.Env[Any, Any]) -> Group:
+    """The group with a verdict for each rollout; an environment that raises is worth 0, with the error as reason.
+
+    BrokenEnvironment where its `info` lacks what the contract promises.
+    """
+    return group.judged([_verdict(rollout.text, group, env) for rollout in group.rollouts])
+
+
+def _verdict(text: str, group: Group, env: gymnasium.Env[Any, Any]) -> Verdict:
+    try:
+        env.reset(options={"prompt": group.prompt})
+        _, reward, _, _, info = env.step(text)
+    except Exception as error:  # a user's verifier must not take the loop down
+        return _refused(f"verifier failed: {type(error).__name__}: {error}")
+    if missing := [name for name in _KNOWN if name not in info]:
+        named = f"{type(env.unwrapped).__name__}.step gives no info[{missing[0]!r}]"
+        raise BrokenEnvironment(f"verify.environment: {named}; keep to the contract in prism_ray/verify/environment.py")
+    parts = {name: float(info[name]) for name in _PARTS}
+    extra = {k: float(v) for k, v in info.items() if k not in _KNOWN and isinstance(v, bool | int | float)}
+    return Verdict(float(reward), bool(info["valid"]), str(info["reason"]), parts=parts | extra)
+
+
+def _refused(reason: str) -> Verdict:
+    return Verdict(0.0, False, reason, parts=dict.fromkeys(_PARTS, 0.0) | {"failed": 1.0})
+
+
+@lru_cache(maxsize=4)
+def _environment(environment: str) -> gymnasium.Env[Any, Any]:
+    return make_environment(environment)
+
+
+@ray.remote(max_retries=0)
+def _judge(group: Group, environment: str) -> tuple[Group, dict[str, float]]:
+    judged = judge_group(group, _environment(environment))
+    return judged, _stats(judged)
+
+
+@ray.remote
+def _give_up(group: Group, reason: str) -> tuple[Group, dict[str, float]]:
+    judged = group.judged([_refused(reason)] * len(group.rollouts))
+    return judged, _stats(judged)
+
+
+def _stats(group: Group) -> dict[str, float]:
+    count = max(1, len(group.verdicts))
+    names = {name for v in group.verdicts for name in v.parts} | {"failed"}
+    sums = {f"verify/{name}": sum(v.parts.get(name, 0.0) for v in group.verdicts) / count for name in names}
+    return {"verify/reward": sum(v.reward for v in group.verdicts) / count} | sums
+
+
+class VerifierPool:
+    """Judges groups with the environment named in the settings; an environment that cannot be made fails here."""
+
+    def __init__(self, settings: VerifySettings) -> None:
+        make_environment(settings.environment).close()
+        self._environment = settings.environment
+        self._timeout_s = settings.timeout_s
+        self._judge: Any = _judge.options(num_returns=2, num_cpus=settings.task_cpus)
+        self._give_up: Any = _give_up.options(num_returns=2, num_cpus=settings.task_cpus)
+
+    async def judge(self, ticket: Ticket) -> Ticket:
+        """The ticket with `ref` to the judged group and the means of the reward and its parts as stats."""
+        ref, stats_ref = self._judge.remote(ticket.ref, self._environment)
+        try:
+            stats = await asyncio.wait_for(asyncio.wrap_future(stats_ref.future()), self._timeout_s)
+        except TimeoutError:
+            ray.cancel(ref, force=True)
+            ref, stats = await self._refuse(ticket, f"verifier took longer than {self._timeout_s:g} s")
+        except WorkerCrashedError:
+            ref, stats = await self._refuse(ticket, "verifier crashed")
+        return replace(ticket, ref=ref, stats=ticket.stats | stats)
+
+    async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:
+        """Nothing: rules do not learn."""
+        return {}
+
+    async def _refuse(self, ticket: Ticket, reason: str) -> tuple[Any, dict[str, float]]:
+        ref, stats_ref = self._give_up.remote(ticket.ref, reason)
+        return ref, await stats_ref

@@ -1,0 +1,136 @@
+"""All stages in miniature through the real front door: real vLLM, DeepSpeed, Ray, images; interrupted and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from prism_ray.report.metrics import read_metrics
+from prism_ray.runtime import journal
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "name=small", "cluster.cpus=2", "trainer.cpus_per_rank=0.5", "rollout.cpus_per_engine=0.5", "learner.cpus_per_rank=0.5",
+    "evaluate.prompts=8", "evaluate.samples_in_report=2",
+    "testbed.pretrain=64", "testbed.base_simple=64", "testbed.base_each=512", "testbed.sft=64", "testbed.align=48",
+    "testbed.rlvr=24", "testbed.evaluate=16", "testbed.evaluate_unseen=4",
+    "base.pretrain.steps=4", "base.simple.steps=4", "base.each.steps=150", "sft.steps=6",
+    "references.steps=2", "references.batch=8",
+    "warmup.prompts_per_step=4", "warmup.held_out_prompts=4", "warmup.min_steps=1", "warmup.max_steps=2",
+    "warmup.target_accuracy=0",
+    "rollout.group_size=4", "rollout.max_response_tokens=64",
+    "align.updates=4", "align.loop.groups_per_step=2", "align.loop.checkpoint_every=2",
+    "rlvr.updates=2", "rlvr.loop.groups_per_step=2", "rlvr.loop.max_staleness=0",
+]  # fmt: skip
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "jobs" / "align.py"), f"runs={folder}", *SMALL, *overrides]
+
+
+def test_every_stage_runs_is_interrupted_goes_on_and_is_not_repeated(tmp_path):
+    run = tmp_path / "small"
+    first = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+    wait_for(lambda: steps(run, "align") >= 1, first)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 130, errors
+    assert "interrupted" in errors
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert (run / "align" / "state" / "latest.json").exists()
+    untouched = (run / "sft" / "done.json").stat().st_mtime
+
+    second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=480)
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert (run / "sft" / "done.json").stat().st_mtime == untouched, "a finished stage ran again"
+    check_summary(run)
+    check_metrics(run)
+    check_each_prompt_trained_once(run)
+    assert "<svg" in (run / "report.html").read_text()
+    assert (run / "align" / "discriminator" / "config.json").exists()
+
+    third = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=120)
+    assert third.returncode == 0, third.stderr[-2000:]
+    assert "is done in" not in third.stderr + third.stdout, "nothing had changed, yet a stage ran"
+
+
+def wait_for(condition, process: subprocess.Popen, timeout_s: float = 400.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-4000:]
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.2)
+
+
+def steps(run: Path, stage: str) -> int:
+    return sum(row["stage"] == stage for row in read_metrics(run / "metrics.jsonl"))
+
+
+def check_summary(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert {s["name"]: s["status"] for s in summary["stages"]} == dict.fromkeys(
+        ["base", "sft", "warmup", "align", "rlvr", "rlvr-sft", "references", "rlvr-references", "evaluate"], "completed"
+    )
+    assert {s["name"]: s["updates"] for s in summary["stages"]}["rlvr-sft"] == 6, "equal updates in both arms"
+    labels = {"base", "sft", "sft+grpo", "prism", "prism+grpo", "sft+references+grpo"}
+    assert set(summary["evaluation"]) == labels
+    shares = {"format", "caption_exact", "cell_accuracy", "reasoning_given_caption", "mean_tokens"}
+    for numbers in summary["evaluation"].values():
+        assert {"n", "accuracy", "accuracy_greedy"} | shares <= set(numbers)
+        assert numbers["n"] == 8
+        assert numbers["accuracy"]["low"] <= numbers["accuracy"]["mean"] <= numbers["accuracy"]["high"]
+    for stage in ("base", "sft", "align", "rlvr", "rlvr-sft", "references", "rlvr-references"):
+        assert (run / stage / "checkpoint" / "config.json").exists()
+        assert (run / stage / "checkpoint" / "preprocessor_config.json").exists() or (
+            run / stage / "checkpoint" / "processor_config.json"
+        ).exists()
+
+
+def check_metrics(run: Path) -> None:
+    rows = read_metrics(run / "metrics.jsonl")
+    align = [row for row in rows if row["stage"] == "align"]
+    assert [row["step"] for row in align] == [1, 2, 3, 4]
+    assert max(row["staleness/max"] for row in align) <= 1
+    assert all(row["staleness/max"] == 0 for row in rows if row["stage"].startswith("rlvr"))
+    for name in ("policy/loss", "correction/ess", "learner/wait_share", "rollout/response_tokens"):
+        assert all(name in row for row in align), name
+
+
+def check_each_prompt_trained_once(run: Path) -> None:
+    """Every update of alignment took two groups; over interruption and resume no stream position came twice."""
+    entries = [entry["ticket"] for entry in journal.read(run / "journal" / "align")]
+    positions = Counter(entry["position"] for entry in entries)
+    assert max(positions.values(), default=1) == 1
+    assert len({entry["id"] for entry in entries}) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "sentence"),
+    [
+        ("learner.lrr=1", 2, "learner.lrr"),
+        ("align.updates=0", 2, "align.updates"),
+        ("data.align=[nowhere.parquet]", 2, "nowhere.parquet"),
+        ("policy=nowhere", 2, "nowhere"),
+        ("rollout.cpus_per_engine=64", 1, "64"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, override, code, sentence):
+    done = subprocess.run(command(tmp_path, override), capture_output=True, text=True, timeout=200)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == code, done.stderr[-3000:]
+    assert sentence in last, done.stderr[-3000:]
+    assert not (tmp_path / "small" / "sft").exists()
+
+
+def test_help_names_every_setting_with_its_reason():
+    done = subprocess.run([sys.executable, str(ROOT / "jobs" / "align.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ("learner.optimiser.lr", "align.loop.max_staleness", "discriminator.experts", "rollout.engines"):
+        assert name in done.stdout

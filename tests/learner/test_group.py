@@ -1,0 +1,94 @@
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from prism_ray.config.learner import LearnerSettings, OptimiserSettings
+from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings
+from prism_ray.learner.group import LearnerGroup, split_by_tokens
+from prism_ray.learner.step import Recipe
+from prism_ray.models.load import load_policy
+from prism_ray.runtime.protocols import Ticket
+
+RECIPE = Recipe(AdvantageSettings(), ObjectiveSettings(), CorrectionSettings())
+
+
+def ticket(number, tokens, ref=None):
+    return Ticket(id=number, prompt_id=f"p{number}", position=number, ref=ref, oldest_version=2, tokens=tokens)
+
+
+def test_groups_are_split_whole_and_balanced_by_tokens():
+    shares = split_by_tokens([ticket(i, n) for i, n in enumerate([10, 90, 20, 80, 30, 70])], 2)
+    assert sorted(t.id for share in shares for t in share) == list(range(6))
+    assert abs(sum(t.tokens for t in shares[0]) - sum(t.tokens for t in shares[1])) <= 20
+    assert all([t.id for t in share] == sorted(t.id for t in share) for share in shares)
+
+
+def test_every_rank_gets_a_group_even_without_tokens():
+    assert [len(share) for share in split_by_tokens([ticket(i, 0) for i in range(3)], 3)] == [1, 1, 1]
+
+
+def test_fewer_groups_than_ranks_is_an_error():
+    with pytest.raises(ValueError, match="1 groups cannot be split over 2 ranks"):
+        split_by_tokens([ticket(0, 5)], 2)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_group_of_ranks_updates_saves_loads_and_exports(cluster, policy_folder, make_group, tmp_path):
+    asyncio.run(life(policy_folder, make_group, tmp_path))
+
+
+async def life(policy_folder, make_group, tmp_path):
+    settings = LearnerSettings(
+        ranks=2, cpus_per_rank=0.5, timeout_s=120, optimiser=OptimiserSettings(lr=1e-3, zero_stage=1)
+    )
+    learner = await LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100, total_steps=3)
+    groups = [make_group(i, version=2) for i in range(3)]
+    tickets = [ticket(g.id, sum(len(r.token_ids) for r in g.rollouts), ray.put(g)) for g in groups]
+
+    start = ray.get(await learner.weights())
+    model = load_policy(policy_folder)
+    assert start.keys() == dict(model.named_parameters()).keys()
+    assert all(np.array_equal(start[n], p.detach().numpy()) for n, p in model.named_parameters())
+
+    metrics = await learner.update(tickets, version=3)
+    assert metrics["staleness/max"] == metrics["staleness/mean"] == 1
+    assert metrics["reward/format"] == pytest.approx(0.75)
+    assert {"policy/loss", "policy/entropy", "policy/grad_norm", "correction/ess", "reward/mean"} <= metrics.keys()
+    assert metrics["policy/skipped_total"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+
+    first = ray.get(await learner.weights())
+    assert all((first[n] != start[n]).any() for n in first)
+    await learner.save(tmp_path / "state")
+    await learner.export(tmp_path / "hf")
+    exported = load_policy(tmp_path / "hf")
+    assert all(torch.equal(p, torch.from_numpy(first[n].copy())) for n, p in exported.named_parameters())
+
+    await learner.update(tickets, version=4)
+    second = ray.get(await learner.weights())
+    await learner.load(tmp_path / "state")
+    await learner.update(tickets, version=4)
+    again = ray.get(await learner.weights())
+    assert all(np.array_equal(again[n], second[n]) for n in second)
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="no checkpoint policy"):
+        await learner.load(tmp_path / "nowhere")
+    ray.kill(learner.ranks[1])
+    with pytest.raises(RuntimeError, match="learner rank 1 died during update"):
+        await learner.update(tickets, version=5)
+    learner.shutdown()
+
+
+def test_ranks_that_never_start_are_named(cluster, policy_folder):
+    settings = LearnerSettings(ranks=1, cpus_per_rank=64, timeout_s=1)
+    with pytest.raises(TimeoutError, match="learner rank 0 did not finish start .* 1 x 64 CPUs"):
+        asyncio.run(LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100))

@@ -1,0 +1,83 @@
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+
+from prism_ray.config.report import ReportSettings
+from prism_ray.report.metrics import MetricsLog, metric_names, read_metrics, series
+
+
+def test_lines_are_as_the_contract_says(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("align", 1, {"policy/loss": np.float32(0.5), "correction/ess": torch.tensor(1.0), "staleness/max": 2})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row.pop("time") > 1e9
+    assert row == {"stage": "align", "step": 1, "policy/loss": 0.5, "correction/ess": 1.0, "staleness/max": 2.0}
+
+
+def test_a_line_is_on_disk_before_the_log_is_closed(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write("sft", 1, {"a/b": 1})
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    log.close()
+
+
+def test_values_that_are_not_finite_are_valid_json_and_read_back_as_nan(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("align", 1, {"policy/loss": math.nan, "x/y": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["policy/loss"]) and math.isnan(row["x/y"])
+
+
+def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path) as log:
+        log.write("align", 1, {"a/b": 1})
+        log.write("align", 2, {"a/b": 2})
+    path.write_text(path.read_text()[:-9])
+    with MetricsLog(tmp_path) as log:
+        log.write("align", 3, {"a/b": 3})
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+
+
+def test_what_a_resumed_stage_did_over_replaces_what_it_had_done(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3, 4):
+            log.write("align", step, {"a/b": step})
+        log.write("rlvr", 4, {"a/b": 0})
+        log.write("align", 3, {"a/b": 30})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert series(rows, "a/b") == {"align": [(1, 1.0), (2, 2.0), (3, 30.0)], "rlvr": [(4, 0.0)]}
+
+
+def test_series_merges_rows_of_one_step_and_leaves_out_stages_without_the_metric(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("align", 1, {"a/b": 1})
+        log.write("align", 1, {"c/d": 5})
+        log.write("sft", 1, {"c/d": 6})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert series(rows, "a/b") == {"align": [(1, 1.0)]}
+    assert metric_names(rows) == ["a/b", "c/d"]
+
+
+def test_there_are_no_metrics_before_there_is_a_file(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_wandb_is_not_even_imported_by_default(tmp_path):
+    before = "wandb" in sys.modules
+    MetricsLog(tmp_path, ReportSettings()).close()
+    assert ("wandb" in sys.modules) == before
+
+
+def test_wandb_offline_writes_into_the_run_folder(tmp_path):
+    settings = ReportSettings.model_validate({"wandb": {"mode": "offline"}})
+    with MetricsLog(tmp_path, settings, {"seed": 0}) as log:
+        log.write("align", 1, {"policy/loss": 0.5})
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

@@ -1,0 +1,204 @@
+"""What the engine samples, through the pool and its actor: the numbers must be the learner's."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+
+from prism_ray.models.load import save_weights
+from prism_ray.runtime.protocols import Ticket
+from prism_ray.weights.files import shared_folder
+
+PARITY = 1e-4
+
+
+def ticket(number, prompt):
+    return Ticket(number, prompt.id, number, ray.put(prompt))
+
+
+def group_of(run, pool, prompt, number=0):
+    done = run(pool.generate(ticket(number, prompt)))
+    return done, ray.get(done.ref)
+
+
+def leftovers():
+    return list(shared_folder().glob("prism_ray_*"))
+
+
+def test_a_group_has_n_complete_rollouts(run, pool, ask, reference, settings):
+    prompt = ask("p7", seed=1)
+    done, group = group_of(run, pool, prompt, 7)
+    assert (done.id, done.prompt_id, done.position, group.id) == (7, "p7", 7, 7)
+    assert group.prompt == prompt and not group.verdicts
+    assert [r.index for r in group.rollouts] == list(range(settings.group_size))
+    assert done.tokens == sum(len(r.token_ids) for r in group.rollouts)
+    encoded = reference.encoder.prompt(prompt).token_ids.tolist()
+    for r in group.rollouts:
+        assert r.prompt_id == "p7" and r.prompt_token_ids.tolist() == encoded
+        assert len(r.token_ids) == len(r.logp) == len(r.versions) <= settings.max_response_tokens
+        assert (r.token_ids.dtype, r.logp.dtype, r.versions.dtype) == (np.int32, np.float32, np.int32)
+        assert set(r.versions.tolist()) == {0}
+        assert r.text == reference.encoder.tokenizer.decode(r.token_ids, skip_special_tokens=True)
+        ended = r.token_ids[-1] == reference.encoder.end_id
+        assert r.finish_reason == ("stop" if ended else "length")
+        assert ended or len(r.token_ids) == settings.max_response_tokens
+    assert len({tuple(r.token_ids.tolist()) for r in group.rollouts}) == settings.group_size
+    assert 0 <= done.stats["rollout/truncated_share"] <= 1 and done.stats["rollout/mixed_share"] == 0
+
+
+def test_log_probs_are_the_learners_before_and_after_every_tensor_changed(run, pool, ask, reference):
+    prompts = [ask(f"p{i}", seed=i) for i in range(3)]
+    new = reference.changed(seed=0)
+    assert all((new[n] != w).mean() > 0.99 for n, w in reference.weights.items())
+    for weights, version in ((reference.weights, 0), (new, 1), (reference.changed(seed=1), 2), (reference.weights, 3)):
+        if version:
+            metrics = run(pool.publish(weights, version))
+            assert metrics["weights/paused_s"] > 0
+        done = run(asyncio.wait_for(_all(pool, prompts), 120))
+        for prompt, t in zip(prompts, done, strict=True):
+            assert t.oldest_version == version
+            for r in ray.get(t.ref).rollouts:
+                assert set(r.versions.tolist()) == {version}
+                np.testing.assert_allclose(r.logp, reference.logp(r, prompt, weights), atol=PARITY, rtol=0)
+                other = new if weights is not new else reference.weights
+                assert np.abs(r.logp - reference.logp(r, prompt, other)).max() > 0.1
+    assert not leftovers()
+
+
+async def _all(pool, prompts):
+    return await asyncio.gather(*(pool.generate(ticket(i, p)) for i, p in enumerate(prompts)))
+
+
+def test_a_tied_output_layer_may_come_along(run, pool, ask, reference):
+    new = reference.changed(seed=2)
+    tied = new | {"lm_head.weight": new["model.language_model.embed_tokens.weight"]}
+    run(pool.publish(ray.put(tied), 5))
+    prompt = ask("p", seed=3)
+    _, group = group_of(run, pool, prompt)
+    np.testing.assert_allclose(group.rollouts[0].logp, reference.logp(group.rollouts[0], prompt, new), atol=PARITY)
+
+
+def test_a_checkpoint_of_another_stage_takes_over(run, pool, ask, reference, folder, tmp_path):
+    new = reference.changed(seed=3)
+    save_weights(new, tmp_path, like=folder)
+    run(pool.load(tmp_path, 0))
+    prompt = ask("p", seed=4)
+    _, group = group_of(run, pool, prompt)
+    np.testing.assert_allclose(group.rollouts[0].logp, reference.logp(group.rollouts[0], prompt, new), atol=PARITY)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_every_token_is_of_the_version_it_is_attributed_to(run, pool, ask, reference, monkeypatch):
+    """New weights while rollouts are under way: each span's log-probs are those of its version's weights."""
+    monkeypatch.setattr(pool, "settings", pool.settings.model_copy(update={"max_response_tokens": 200}))
+    prompts = [ask(f"p{i}", seed=i) for i in range(3)]
+    kinds = [reference.weights, reference.changed(seed=4)]
+    refs = [ray.put(w) for w in kinds]
+
+    async def generate_while_publishing():
+        tasks = [asyncio.create_task(pool.generate(ticket(i, p))) for i, p in enumerate(prompts)]
+        version = 0
+        while not all(t.done() for t in tasks):
+            await asyncio.sleep(0.3)
+            version += 1
+            await pool.publish(refs[version % 2], version)
+        return [t.result() for t in tasks]
+
+    mixed = 0
+    for prompt, done in zip(prompts, run(generate_while_publishing()), strict=True):
+        group = ray.get(done.ref)
+        assert done.oldest_version == group.oldest_version
+        for r in group.rollouts:
+            assert (np.diff(r.versions) >= 0).all()
+            mixed += len(set((r.versions % 2).tolist())) == 2
+            under = [reference.logp(r, prompt, w) for w in kinds]
+            expected = np.where(r.versions % 2, under[1], under[0])
+            np.testing.assert_allclose(r.logp, expected, atol=PARITY, rtol=0)
+    assert mixed
+
+
+def test_the_image_matters(run, pool, ask):
+    first, other = (run(pool.sample([ask("p", seed=s)], greedy=True, max_tokens=1))[0] for s in (5, 6))
+    assert first.rollouts[0].prompt_token_ids.tolist() == other.rollouts[0].prompt_token_ids.tolist()
+    assert abs(first.rollouts[0].logp[0] - other.rollouts[0].logp[0]) > 1e-3
+
+
+def test_greedy_is_greedy(run, pool, ask):
+    prompts = [ask(f"p{i}", seed=i) for i in range(5)]
+    once, again = (run(pool.sample(prompts, n=1, greedy=True, max_tokens=20)) for _ in range(2))
+    assert [g.prompt.id for g in once] == [p.id for p in prompts]
+    for a, b in zip(once, again, strict=True):
+        assert a.rollouts[0].token_ids.tolist() == b.rollouts[0].token_ids.tolist()
+
+
+def test_evaluation_samples_as_many_as_asked(run, pool, ask):
+    groups = run(pool.sample([ask("p", seed=1)] * 3, n=2, temperature=0.5, max_tokens=5))
+    assert [len(g.rollouts) for g in groups] == [2, 2, 2]
+    assert all(len(r.token_ids) <= 5 for g in groups for r in g.rollouts)
+
+
+def test_temperature_is_that_of_the_learner(run, pool, ask, reference):
+    """At temperature T the engine's log-probs are of softmax(logits / T), which scaling the output layer imitates."""
+    prompt = ask("p", seed=8)
+    rollout = run(pool.sample([prompt], n=1, temperature=0.5, max_tokens=30))[0].rollouts[0]
+    norm = "model.language_model.norm.weight"
+    sharper = reference.weights | {norm: reference.weights[norm] * 2}
+    np.testing.assert_allclose(rollout.logp, reference.logp(rollout, prompt, sharper), atol=PARITY)
+
+
+def test_banned_tokens_never_appear_even_when_the_model_loves_them(run, pool, ask, reference):
+    banned = reference.encoder.banned_ids
+    embedding = "model.language_model.embed_tokens.weight"
+    loving = {n: w.copy() for n, w in reference.weights.items()}
+    loving[embedding][banned] *= 30
+    run(pool.publish(loving, 1))
+    prompts = [ask(f"p{i}", seed=i) for i in range(4)]
+    forgone = []
+    for group in run(pool.sample(prompts, n=4)) + run(pool.sample(prompts, greedy=True)):
+        for r in group.rollouts:
+            assert not set(r.token_ids.tolist()) & set(banned)
+            np.testing.assert_allclose(r.logp, reference.logp(r, group.prompt, loving), atol=PARITY)
+            forgone.append((r.logp - reference.logp(r, group.prompt, loving, banned=False)).mean())
+    # -log(1 - probability of a banned token): what the two differ by when the learner does not ban the same ids
+    assert np.mean(forgone) > 1
+
+
+def test_incomplete_weights_are_refused_by_name_and_the_engine_goes_on(run, pool, ask, reference):
+    lacking = dict(reference.weights)
+    del lacking["model.visual.pos_embed.weight"]
+    with pytest.raises(ValueError, match="version 4: tensor model.visual.pos_embed.weight is missing"):
+        run(pool.publish(lacking, 4))
+    wrong = reference.weights | {"model.visual.pos_embed.weight": np.zeros((2, 2), np.float32)}
+    with pytest.raises(ValueError, match=r"pos_embed.weight has shape \(2, 2\)"):
+        run(pool.publish(wrong, 4))
+    done, _ = group_of(run, pool, ask("p", seed=1))
+    assert done.oldest_version == 0 and not leftovers()
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_name(run, pool, ask):
+    with pytest.raises(ValueError, match="prompt long: .* tokens exceed"):
+        run(pool.generate(ticket(0, ask("long", question=" red" * 400))))
+
+
+def test_a_wait_that_is_too_long_names_the_engine(run, pool, ask, monkeypatch):
+    monkeypatch.setattr(pool, "settings", pool.settings.model_copy(update={"generate_timeout_s": 0.01}))
+    with pytest.raises(TimeoutError, match="waited 0 s for rollout engine 0 to sample group 3"):
+        run(pool.generate(ticket(3, ask("p", seed=1))))
+
+
+def test_health_and_updates_are_answered_while_rollouts_run(run, pool, ask, reference, monkeypatch):
+    monkeypatch.setattr(pool, "settings", pool.settings.model_copy(update={"max_response_tokens": 200}))
+
+    async def ask_while_running():
+        tasks = [asyncio.create_task(pool.generate(ticket(i, ask(f"p{i}", seed=i)))) for i in range(8)]
+        for _ in range(1000):
+            health = (await pool.health())["rollout engine 0"]
+            if health["running"]:
+                break
+        running = not any(t.done() for t in tasks)
+        await asyncio.gather(*tasks)
+        return health, running
+
+    health, running = run(ask_while_running())
+    assert running and health["version"] == 0 and health["running"] > 0

@@ -1,0 +1,133 @@
+"""The loop against a simulated world (named so): everything it promises that needs no engine."""
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from prism_ray.config.runtime import LoopSettings
+from prism_ray.runtime.loop import Loop, LoopState
+from prism_ray.runtime.protocols import Ticket
+
+
+class SimulatedWorld:
+    """Prompts, rollouts, judge, learner and keeper in one: engines with random delays and a version each."""
+
+    def __init__(self, seed: int = 0, fail: str = "", delay: float = 0.002):
+        self.random, self.fail, self.delay = random.Random(seed), fail, delay
+        self.position, self.engine_version, self.learner_version = 0, 0, 0
+        self.trained: list[int] = []
+        self.kept: list[int] = []
+        self.judged_after_update: list[int] = []
+        self.generating, self.overlapped = 0, False
+
+    async def take(self) -> tuple[str, int, object]:
+        self.position += 1
+        return f"p{self.position}", self.position - 1, None
+
+    async def generate(self, ticket: Ticket) -> Ticket:
+        version = self.engine_version
+        self.generating += 1
+        await asyncio.sleep(self.random.random() * self.delay)
+        self.generating -= 1
+        if self.fail == "generate" and ticket.id == 5:
+            raise RuntimeError("engine 0 died: out of memory")
+        return Ticket(ticket.id, ticket.prompt_id, ticket.position, None, version, 10, {"reward/mean": 1.0})
+
+    async def publish(self, weights: int, version: int) -> dict[str, float]:
+        await asyncio.sleep(self.random.random() * self.delay)
+        if self.fail == "publish" and version == 2:
+            raise RuntimeError("engine 0 took no weights")
+        assert weights == version
+        self.engine_version = version
+        return {"weights/publish_s": 0.0}
+
+    async def judge(self, ticket: Ticket) -> Ticket:
+        await asyncio.sleep(self.random.random() * self.delay)
+        return ticket
+
+    async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:
+        return {"judge/version": float(version)}
+
+    async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
+        assert version == self.learner_version
+        assert {t.id for t in tickets} <= set(self.kept), "a group trained before it was in the journal"
+        await asyncio.sleep(self.random.random() * self.delay)
+        self.overlapped |= self.generating > 0
+        self.trained += [t.id for t in tickets]
+        self.learner_version += 1
+        return {"policy/loss": 0.0}
+
+    async def weights(self) -> int:
+        return self.learner_version
+
+    async def append(self, ticket: Ticket) -> None:
+        self.kept.append(ticket.id)
+
+
+def run(world: SimulatedWorld, staleness: int, updates: int = 12, step: int = 4, stall: float = 20.0, on=None):
+    rows: list[dict[str, float]] = []
+
+    async def on_step(state: LoopState, metrics: dict[str, float]) -> None:
+        rows.append(metrics)
+        if on:
+            on(state)
+
+    settings = LoopSettings(groups_per_step=step, max_staleness=staleness, stall_timeout_s=stall)
+    loop = Loop(world, world, world, world, world, settings, on_step)
+    return asyncio.run(loop.run(updates, LoopState())), rows
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_prompt_trains_once_within_the_bound(staleness, seed):
+    world = SimulatedWorld(seed)
+    state, rows = run(world, staleness)
+    assert state.version == 12 and len(rows) == 12
+    assert Counter(world.trained) == Counter(range(48))
+    assert sorted(state.consumed) == list(range(48))
+    assert max(r["staleness/max"] for r in rows) <= staleness
+
+
+def test_staleness_zero_is_synchronous_and_one_overlaps():
+    synchronous, asynchronous = SimulatedWorld(1), SimulatedWorld(1)
+    run(synchronous, 0)
+    run(asynchronous, 1)
+    assert not synchronous.overlapped
+    assert asynchronous.overlapped
+
+
+@pytest.mark.parametrize(("fail", "sentence"), [("generate", "out of memory"), ("publish", "took no weights")])
+def test_a_failure_anywhere_ends_the_loop_with_its_own_sentence(fail, sentence):
+    with pytest.raises(RuntimeError, match=sentence):
+        run(SimulatedWorld(fail=fail), staleness=1)
+
+
+def test_a_stop_in_on_step_ends_everything():
+    class Stopped(Exception):
+        pass
+
+    def stop(state: LoopState) -> None:
+        if state.version == 3:
+            raise Stopped
+
+    world = SimulatedWorld()
+    with pytest.raises(Stopped):
+        run(world, 1, on=stop)
+    assert world.learner_version == 3
+
+
+def test_restored_groups_train_before_new_ones_and_none_twice():
+    world = SimulatedWorld()
+    world.position, world.kept = 3, [0, 1, 2]
+    restored = [Ticket(i, f"p{i}", i, None, 0) for i in range(3)]
+
+    async def on_step(state, metrics):
+        pass
+
+    loop = Loop(world, world, world, world, world, LoopSettings(groups_per_step=3, max_staleness=1), on_step)
+    state = asyncio.run(loop.run(3, LoopState(next_id=3), restored))
+    assert Counter(world.trained) == Counter(range(9))
+    assert sorted(world.trained[:3]) == [0, 1, 2]
+    assert sorted(state.consumed) == list(range(9))

@@ -1,0 +1,287 @@
+"""The supervised trainer: what it computes equals plain PyTorch, whatever dies on the way."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.supervised import SupervisedSettings
+from prism_ray.config.testbed import TestbedSettings
+from prism_ray.config.trainer import TrainerSettings
+from prism_ray.corpora.quarantine import Quarantined
+from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
+from prism_ray.models.load import load_policy
+from prism_ray.models.tiny import build_tiny
+from prism_ray.stages.supervised import Phase, train_supervised
+from prism_ray.stages.supervised_data import Course, Shard, entries
+from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
+from prism_ray.testbed.corpora import write_corpora
+from prism_ray.testbed.words import vocabulary
+
+SIZES = dict.fromkeys(
+    ("pretrain", "base_simple", "base_each", "sft", "align", "rlvr", "evaluate", "evaluate_unseen"), 24
+)
+PIXELS = 10**6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    torch.set_num_threads(1)
+    paths = write_corpora(folder, TestbedSettings(**SIZES), seed=0)
+    build_tiny(folder / "tiny", vocabulary(), TinyModelSettings(layers=2), seed=0)
+    return folder / "tiny", paths
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def settings(steps, **changes):
+    return SupervisedSettings(steps=steps, batch=4, lr=1e-3, weight_decay=0.01, warmup_share=0.2, **changes)
+
+
+def course(world, steps=6, batch=4, split="sft"):
+    model, paths = world
+    task = CellTask(str(model), PIXELS) if split == "pretrain" else ResponseTask(str(model), 256, 256, PIXELS)
+    return Course(split, task, RowOrder(find_fragments([paths[split]], task.required), 5), steps, batch)
+
+
+def damaged(path, folder, rows):
+    """A copy of the corpus in which the images of these rows do not decode."""
+    table = pq.read_table(path)
+    kept = table.to_pylist()
+    for row in rows:
+        kept[row]["images"][0]["bytes"] = b"no image"
+    copy = folder / "damaged.parquet"
+    pq.write_table(type(table).from_pylist(kept, schema=table.schema), copy)
+    return copy
+
+
+def rank_processes():
+    """Ray Train workers among this process's descendants."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = dict(line.split(":\t", 1) for line in (entry / "status").read_text().splitlines())
+                names[int(entry.name)] = (entry / "cmdline").read_text()
+                parents[int(entry.name)] = int(status["PPid"])
+            except (OSError, ValueError, KeyError):
+                continue
+
+    def ours(pid):
+        while pid in parents:
+            if pid == os.getpid():
+                return True
+            pid = parents[pid]
+        return False
+
+    return sorted(pid for pid, name in names.items() if "RayTrainWorker" in name and ours(pid))
+
+
+def plain_training(world, courses, phases):
+    """The same in one process of plain PyTorch: losses by phase and step, and the weights."""
+    policy, losses = load_policy(world[0]), {}
+    for data, phase in zip(courses, phases, strict=True):
+        s = phase.settings
+        torch.manual_seed(0)
+        module = data.task.module(policy)
+        optimiser = torch.optim.AdamW(module.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+        warmup = round(s.warmup_share * s.steps)
+        for step in range(s.steps):
+            done = (step - warmup) / (s.steps - warmup)
+            factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
+            optimiser.param_groups[0]["lr"] = s.lr * factor
+            samples = data.task.prepare(entries(data, step * s.batch, (step + 1) * s.batch))
+            total, _ = data.task.loss(module, data.task.collate(samples))
+            loss = total / sum(map(data.task.size, samples))
+            losses[data.name, step + 1] = float(loss.detach())
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip)
+            optimiser.step()
+    return losses, policy
+
+
+def test_two_ranks_of_which_one_is_killed_equal_plain_training(cluster, world, tmp_path):
+    model, paths = world
+    phases = (
+        Phase("pretrain", (paths["pretrain"],), settings(3), "cells"),
+        Phase("sft", (paths["sft"],), settings(9)),
+    )
+    seen, killed = [], []
+
+    def on_metrics(phase, step, row):
+        seen.append((phase, step, row["supervised/loss"]))
+        if (phase, step) == ("sft", 6) and not killed:
+            killed.extend(rank_processes()[-1:])
+            os.kill(killed[0], signal.SIGKILL)
+
+    trainer = TrainerSettings(ranks=2, micro_batch=1, checkpoint_every=4, log_every=1, zero_stage=1)
+    out, state = tmp_path / "out", tmp_path / "state"
+    done = train_supervised("base", model, phases, out, state, trainer, CorporaSettings(), 5, on_metrics)
+
+    courses = (course(world, 3, split="pretrain"), course(world, 9))
+    losses, policy = plain_training(world, courses, phases)
+    assert killed, "nothing was killed, so nothing was resumed"
+    restart = next(i for i in range(1, len(seen)) if seen[i][:2] <= seen[i - 1][:2])
+    assert seen[restart][:2] in (("sft", 2), ("sft", 6)), "checkpoints are at steps 4 and 8 of all"
+    assert {(phase, step) for phase, step, _ in seen} == set(losses)
+    for phase, step, loss in seen:
+        assert loss == pytest.approx(losses[phase, step], rel=1e-4), (phase, step)
+    assert done.steps == 12 and not list(state.iterdir())
+    written = load_file(out / "model.safetensors")
+    for name, weight in policy.named_parameters():
+        if name != "lm_head.weight":
+            assert (written[name] - weight).abs().mean() < 1e-5, name
+    assert load_policy(out) is not None
+
+
+class Enough(Exception):
+    pass
+
+
+def test_interrupted_run_saves_goes_on_and_quarantines(cluster, world, tmp_path):
+    model, paths = world
+    corpus = damaged(paths["sft"], tmp_path, rows=[3])
+    seen = []
+
+    def on_metrics(phase, step, row):
+        seen.append(step)
+        if len(seen) == 2:
+            raise Enough
+
+    trainer = TrainerSettings(checkpoint_every=100, log_every=1)
+    arguments = ("sft", model, (Phase("sft", (corpus,), settings(40)),), tmp_path / "out", tmp_path / "state", trainer)
+    more = (CorporaSettings(max_bad_share=0.1), 5, on_metrics, tmp_path / "quarantine.parquet")
+    with pytest.raises(Enough):
+        train_supervised(*arguments, *more)
+    assert not (tmp_path / "out").exists()
+    stopped = seen[-1]
+    assert stopped < 40, "the run was not stopped"
+    done = train_supervised(*arguments, *more)
+    resumed = seen[seen.index(stopped) + 1 :]
+    assert resumed == list(range(resumed[0], 41)) and resumed[0] - stopped in (1, 2)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    kept = pq.read_table(tmp_path / "quarantine.parquet").to_pylist()
+    assert [(k["row"], k["reason"]) for k in kept] == [(3, "images: does not decode")]
+    assert done.seconds > 0
+
+
+def test_too_many_bad_rows_end_the_run_with_a_sentence(cluster, world, tmp_path):
+    model, paths = world
+    corpus = damaged(paths["sft"], tmp_path, rows=range(0, 24, 2))
+    phases = (Phase("sft", (corpus,), settings(40)),)
+    with pytest.raises(CorpusError, match="sft: more than 2.0% of its 24 rows .*images: does not decode"):
+        train_supervised(
+            "sft", model, phases, tmp_path / "out", tmp_path / "state", TrainerSettings(), CorporaSettings(), 5
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_file_ends_the_run_with_a_sentence(cluster, world, tmp_path):
+    model, paths = world
+    data = bytearray(paths["sft"].read_bytes())
+    data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
+    (tmp_path / "a.parquet").write_bytes(bytes(data))
+    phases = (Phase("sft", (tmp_path / "a.parquet",), settings(40)),)
+    with pytest.raises(CorpusError, match="a.parquet: row group 0 is damaged"):
+        train_supervised(
+            "sft", model, phases, tmp_path / "out", tmp_path / "state", TrainerSettings(), CorporaSettings(), 5
+        )
+
+
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [
+        (Phase("sft", ("gone.parquet",), settings(1)), "gone.parquet: no Parquet file there"),
+        (Phase("sft", ("{pretrain}",), settings(1)), "no column prompt, teacher_response"),
+        (Phase("sft", ("{sft}",), settings(1).model_copy(update={"batch": 3})), "sft: a batch of 3 .* 2 ranks"),
+    ],
+)
+def test_bad_input_fails_before_anything_starts(world, tmp_path, phase, error):
+    model, paths = world
+    corpus = tuple(str(c).format(**paths) for c in phase.corpora)
+    given = (Phase(phase.name, corpus, phase.settings),)
+    with pytest.raises(ValueError, match=error):
+        train_supervised("sft", model, given, tmp_path, tmp_path, TrainerSettings(ranks=2), CorporaSettings(), 5)
+
+
+def test_ranks_share_a_step_and_any_cut_gives_the_same_rows(world):
+    whole = course(world, steps=15)
+
+    def rows(rank, ranks, first_step):
+        shard = Shard((whole,), rank, ranks, 4, CorporaSettings(rows_per_task=8))
+        steps = [portion for task in shard._tasks(first_step) for portion in shard._prepare(task)]
+        assert [s["step"] for s in steps] == list(range(first_step, 15))
+        return len(steps)
+
+    assert rows(0, 1, 0) == rows(0, 2, 0) == 15 and rows(1, 2, 11) == 4
+    one = [e[1] for e in entries(whole, 20, 24)]
+    two = [e[1] for e in entries(whole, 20, 22)] + [e[1] for e in entries(whole, 22, 24)]
+    assert one == two
+
+
+def test_phases_follow_each_other_from_any_step(world):
+    shard = Shard((course(world, 3, split="pretrain"), course(world, 4)), 0, 1, 4, CorporaSettings(rows_per_task=8))
+    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(0)] == [
+        (0, 0, 2),
+        (0, 2, 3),
+        (1, 0, 2),
+        (1, 2, 4),
+    ]
+    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(4)] == [(1, 1, 3), (1, 3, 4)]
+    assert list(shard._tasks(7)) == []
+
+
+def test_rows_that_do_not_fit_are_quarantined(world):
+    whole = course(world)
+    rows = entries(whole, 0, 3)
+    short = ResponseTask(whole.task.model, 256, 10, PIXELS).prepare(rows)
+    assert {s.reason for s in short} == {"teacher_response: too long"}
+    tight = ResponseTask(whole.task.model, 8, 256, PIXELS).prepare(rows)
+    assert {s.reason for s in tight} == {"prompt: too long"}
+    file, row, columns = rows[1]
+    rows[1] = (file, row, {**columns, "images": [{"bytes": b"x", "path": None}]})
+    mixed = whole.task.prepare(rows)
+    assert [isinstance(m, Quarantined) for m in mixed] == [False, True, False]
+    assert (mixed[1].file, mixed[1].row, mixed[1].reason) == (file, row, "images: does not decode")
+
+
+def test_labels_must_fit_the_image(world):
+    cells = course(world, split="pretrain")
+    file, row, columns = entries(cells, 0, 1)[0]
+    fits, short, none = cells.task.prepare(
+        [(file, row, columns), (file, row, columns | {"labels": [0, 1, 2]}), (file, row, columns | {"labels": None})]
+    )
+    assert tuple(fits.labels.shape) == (6, 2)
+    assert short.reason == none.reason == "labels: do not fit the image"
+
+
+def test_loss_counts_response_tokens_only(world):
+    responses = course(world)
+    samples = responses.task.prepare(entries(responses, 0, 2))
+    policy = load_policy(world[0])
+    total, _ = responses.task.loss(policy, responses.task.collate(samples))
+    by_hand = 0.0
+    for sample in samples:
+        ids = torch.cat((sample.prompt.token_ids, sample.response_ids))[None]
+        kinds = (ids == policy.config.image_token_id).int()
+        images = {"pixel_values": sample.prompt.pixel_values, "image_grid_thw": sample.prompt.grid_thw}
+        logits = policy(input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
+        start = len(sample.prompt.token_ids)
+        by_hand += torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
+    assert float(total.detach()) == pytest.approx(by_hand, rel=1e-5)
+    assert sum(map(responses.task.size, samples)) == sum(len(s.response_ids) for s in samples)
