@@ -26,9 +26,10 @@ class CodecError(ValueError):
 def encode(value: Any) -> bytes:
     """The msgpack bytes of a record, or of plain data (dict, list, str, bytes, numbers, arrays) that holds records."""
     try:
-        return msgpack.packb(_lower(value), use_bin_type=True)
+        packed: Any = msgpack.packb(_lower(value), use_bin_type=True)
     except (TypeError, OverflowError) as error:
         raise CodecError(f"cannot encode: {error}") from error
+    return packed
 
 
 def decode(data: bytes) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 TAGS = ("caption", "think", "answer")
 
 VIEWS: dict[str, tuple[str, ...]] = {"perception": ("caption",), "reasoning": ("think", "answer")}
-"""Which tags make up the part of a response that one head of the discriminator judges (prism.md 1.2)."""
+"""Which tags make up the part of a response that one head of the discriminator judges (PRISM, arXiv 2604.28123)."""
 
 _TAG = re.compile(rb"<(/?)(caption|think|answer)>")
 _EXPECTED = tuple((slash, tag.encode()) for tag in TAGS for slash in (b"", b"/"))

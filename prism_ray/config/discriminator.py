@@ -23,7 +23,7 @@ class DiscriminatorSettings(Settings):
     """The mixture-of-experts judge of perception and reasoning."""
 
     experts: int = Field(default=4, ge=1)
-    """Experts of every MLP after upcycling (prism.md 2.1)."""
+    """Experts of every MLP after upcycling (PRISM, arXiv 2604.28123)."""
     top_k: int = Field(default=2, ge=1)
     """Experts active per token; at most `experts`."""
     expert_noise: float = Field(default=0.01, ge=0)
@@ -38,13 +38,13 @@ class DiscriminatorSettings(Settings):
     """Weight of the scalar head in a score; 1 with `likelihood_weight` 0 is the published form."""
     likelihood_weight: float = Field(default=0.5, ge=0)
     """Weight of the view's summed log-likelihood under the judge's own language head, per nat. 0 is the published form,
-    which stays near chance on captions on the testbed (testbed.md); 0.5 separates them within a dozen steps."""
+    which stays near chance on captions on the testbed (measured); 0.5 separates them within a dozen steps."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout before the head while training (as published); always off when scoring."""
     reasoning_context: Literal["own", "none"] = "own"
     """What the judge of a later view sees of the same response before it: the earlier views (`own`) or nothing (`none`,
     as published). Without the caption it cannot tell whether the reasoning follows from what was seen, and
-    rewards short thinks (testbed.md)."""
+    rewards short thinks (measured)."""
     max_segment_tokens: int = Field(default=2048, ge=1)
     """A view is cut after so many tokens, references and rollouts alike; the end token always follows."""
     score_clip: float | None = Field(default=10.0, gt=0)
@@ -65,7 +65,7 @@ class DiscriminatorSettings(Settings):
     balance_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the router's load-balancing loss in warm-up; alignment goes without, as published."""
     optimiser: OptimiserSettings = OptimiserSettings(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, grad_clip=1.0)
-    """AdamW as on the testbed; a 2B judge wants a learning rate nearer 1e-6 (prism.md 1.2)."""
+    """AdamW as on the testbed; a 2B judge wants a learning rate nearer 1e-6 (PRISM, arXiv 2604.28123)."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a caller waits for a discriminator actor before it gives up and names it."""
 

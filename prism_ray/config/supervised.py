@@ -33,12 +33,11 @@ class SupervisedSettings(Settings):
 class BaseSettings(Settings):
     """How the testbed's base model is made; on real data the base is a published checkpoint and this is not used."""
 
-    pretrain: SupervisedSettings = SupervisedSettings(steps=256, lr=2e-3)
+    pretrain: SupervisedSettings = SupervisedSettings(steps=200, lr=2e-3)
     """Vision pre-training: linear colour and digit heads on the visual tokens. Without it digits stay at chance."""
-    simple: SupervisedSettings = SupervisedSettings(steps=1000, lr=2e-3)
-    """Clean SFT on one-colour and single-cell questions: how to read the picture and to list cells."""
-    each: SupervisedSettings = SupervisedSettings(steps=600, lr=1.5e-3)
-    """Clean SFT on "each" questions."""
+    clean: SupervisedSettings = SupervisedSettings(steps=1600, lr=3e-3)
+    """SFT on clean responses to a mixture of questions. "Each" questions are learned late and at once: after 800 steps
+    .30 of the greedy answers are right, after 1600 .94."""
 
 
 class SftSettings(SupervisedSettings):

@@ -123,7 +123,7 @@ class RowOrder:
             order, ends = self._epoch(epoch)
             place = int(np.searchsorted(ends, row, side="right"))
             index = int(order[place])
-            first = row - (int(ends[place]) - self.fragments[index].rows)
+            first = 0
             count = min(stop - start, int(ends[place]) - row)
             pieces.append(Piece(self.fragments[index], self._inside(epoch, index)[first : first + count], start))
             start += count
@@ -191,9 +191,9 @@ def dataset(
 
 def reading_error(error: BaseException) -> CorpusError | None:
     """The `CorpusError` inside what Ray Data raised, if that is what it was."""
+    found: CorpusError | None = None
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, CorpusError):
-            return seen
+    while seen is not None:  # Ray's wrapper passes for the error it wraps, so take the innermost
+        found = seen if isinstance(seen, CorpusError) else found
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
+    return found

@@ -1,6 +1,6 @@
 """One row of the published Parquet data -> `Prompt`.
 
-The columns (prism.md § 3.3): `prompt` chat list, `images` list of encoded bytes or `struct<bytes, path>`,
+The columns (PRISM, arXiv 2604.28123): `prompt` chat list, `images` list of encoded bytes or `struct<bytes, path>`,
 `teacher_caption`, `teacher_cot`, `teacher_response` with or without the format's tags, `answer`,
 `reward_model` struct with `ground_truth`, `extra_info` JSON or struct, `data_source`. Only `prompt` is required.
 """

@@ -1,4 +1,4 @@
-"""The discriminator's loss: Bradley-Terry per view, score clip and score regulariser (prism.md 1.2).
+"""The discriminator's loss: Bradley-Terry per view, score clip and score regulariser (PRISM, arXiv 2604.28123).
 
 Pure functions. `P` counts pairs (one rollout and the reference of its prompt), `N` tokens, `E` experts.
 """

@@ -2,7 +2,7 @@
 
 A view's text is cut out of the response, tokenised on its own and closed by the end token; for `own` context the
 earlier views of the same response stand before it. Whatever side a text comes from, the same text gives the same
-tokens, ends in the same token and is cut at the same length, so none of those can tell the sides apart (prism.md 1.3).
+tokens, ends in the same token and is cut at the same length, so none of those can tell the sides apart.
 What lies between the views (spaces, newlines) is seen by no judge.
 """
 

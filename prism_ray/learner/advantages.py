@@ -138,7 +138,7 @@ def bounded_view_reward(scores_N: Tensor, reference_scores_N: Tensor, temperatur
     """sigmoid((score - reference score) / temperature): how close a view comes to the reference's, in 0..1.
 
     Bounded, so that one response the judge loathes cannot set the scale of its whole group; relative to the reference,
-    so that the judge's offset from prompt to prompt cancels (testbed.md, "The setting that works").
+    so that the judge's offset from prompt to prompt cancels (measured on the testbed).
     """
     return torch.sigmoid((scores_N - reference_scores_N) / temperature)
 

@@ -21,7 +21,7 @@ def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = 
     For a mixture of experts, each layer's router logits [B·T, experts] are appended to `router_logits` if a list is
     given; padded tokens are among them (`batch.real_mask_BT` tells). A batch without images still runs the vision
     tower on a blank patch with weight 0 while gradients are recorded: ranks whose batches differ in that would
-    otherwise reduce different parameters and hang or abort (stack.md 3).
+    otherwise reduce different parameters and hang or abort.
     """
     inner = model.model
     embeds_BTD = inner.get_input_embeddings()(batch.input_ids_BT)

@@ -71,7 +71,7 @@ def _as_filed(name: str, weight: Tensor) -> Tensor:
     """A weight as published files hold it.
 
     Experts are transposed there, and both transformers and vLLM expect that; transformers' own `save_pretrained`
-    writes them as they lie in memory, which vLLM cannot read (stack.md 4). transformers goes by the shape when it
+    writes them as they lie in memory, which vLLM cannot read. transformers goes by the shape when it
     reads, so square experts cannot be filed in a form that both understand.
     """
     weight = weight.detach().cpu()

@@ -1,7 +1,7 @@
 """Sparse upcycling: a dense Qwen3-VL becomes a Qwen3-VL-MoE in which every MLP is a mixture of copies of itself.
 
 Attention, vision tower, norms and embeddings are copied; an expert is the dense MLP plus Gaussian noise; the router
-starts near uniform (prism.md 2.1). Without noise the mixture computes exactly what the dense model did, because
+starts near uniform. Without noise the mixture computes exactly what the dense model did, because
 routing weights are normalised to one.
 """
 

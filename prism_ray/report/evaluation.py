@@ -1,4 +1,4 @@
-"""From rollouts to the evaluation's numbers (design.md § Contracts); pure.
+"""From rollouts to the evaluation's numbers; pure.
 
 Several rollouts of one prompt are not independent, so the interval of the sampled accuracy counts prompts, not
 rollouts: the variance of the mean is that of the prompts' own means (cluster-robust), turned into an effective number

@@ -1,4 +1,4 @@
-"""A run's numbers: one JSON object a line in metrics.jsonl (design.md § Contracts), and Weights & Biases if wanted."""
+"""A run's numbers: one JSON object a line in metrics.jsonl, and Weights & Biases if wanted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""summary.json: what a run did and found, in the form other programs rely on (design.md § Contracts)."""
+"""summary.json: what a run did and found, in the form other programs rely on."""
 
 from __future__ import annotations
 

@@ -59,9 +59,13 @@ class RolloutPool:
     async def create(cls, folder: str | Path, settings: RolloutSettings, version: int = 0) -> RolloutPool:
         """Start all engines on the Hugging Face checkpoint in `folder`, whose weights count as `version`."""
         pool = cls(Path(folder).absolute(), settings, version)
+        starts = [asyncio.create_task(pool._start(index)) for index in range(settings.engines)]
         try:
-            await asyncio.gather(*(pool._start(index) for index in range(settings.engines)))
+            await asyncio.gather(*starts)
         except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
             await pool.shutdown()
             raise
         return pool

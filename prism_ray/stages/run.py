@@ -153,7 +153,7 @@ def _what_shapes(rollout: Any) -> dict[str, Any]:
 
 
 async def _base(session: Session) -> Outcome:
-    """The user's own policy as it is, or the testbed's base model: built, then trained in three phases of one run."""
+    """The user's own policy as it is, or the testbed's base model: built, then trained in two phases of one run."""
     settings = session.settings
     if settings.policy is not None:
         return Outcome(0, session.checkpoint("base"))
@@ -162,8 +162,7 @@ async def _base(session: Session) -> Outcome:
     made = session.corpora
     phases = (
         supervised.Phase("pretrain", tuple(made["pretrain"]), settings.base.pretrain, "cells"),
-        supervised.Phase("simple", tuple(made["base_simple"]), settings.base.simple),
-        supervised.Phase("each", tuple(made["base_each"]), settings.base.each),
+        supervised.Phase("clean", tuple(made["base"]), settings.base.clean),
     )
     return await _supervised(session, "base", untrained, phases)
 

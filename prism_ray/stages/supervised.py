@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -27,8 +28,8 @@ from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantine
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
-from prism_ray.stages.supervised_data import Course
-from prism_ray.stages.supervised_rank import Inbox, Job, train_rank
+from prism_ray.stages.supervised_data import Course, Job
+from prism_ray.stages.supervised_entry import Inbox, train_rank
 from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
 
 OnMetrics = Callable[[str, int, dict[str, float]], None]
@@ -84,10 +85,10 @@ def train_supervised(
     optimisers = tuple(_optimiser(phase.settings, settings) for phase in phases)
     inbox: Any = ray.remote(Inbox).options(num_cpus=0).remote()
     out = str(out_folder.resolve())
-    job = Job(str(checkpoint_in.resolve()), out, courses, optimisers, settings, corpora, inbox)
+    job = Job(str(checkpoint_in.resolve()), out, courses, optimisers, settings, corpora)
     run_name = f"{name}-{_fingerprint(job, phases)}"
     try:
-        _fit(_trainer(job, run_name, state_folder.resolve()), inbox, _Desk(courses, bad, on_metrics))
+        _fit(_trainer(job, inbox, run_name, state_folder.resolve()), inbox, _Desk(courses, bad, on_metrics))
     finally:
         ray.kill(inbox)
         if quarantine is not None:
@@ -138,13 +139,13 @@ def _fingerprint(job: Job, phases: Sequence[Phase]) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
 
-def _trainer(job: Job, run_name: str, state_folder: Path) -> ray_torch.TorchTrainer:
+def _trainer(job: Job, inbox: Any, run_name: str, state_folder: Path) -> ray_torch.TorchTrainer:
     s = job.settings
     gpu = s.gpus_per_rank > 0
     resources = {"CPU": s.cpus_per_rank} | ({"GPU": s.gpus_per_rank} if gpu else {})
     return ray_torch.TorchTrainer(
         train_rank,
-        train_loop_config={"job": job},
+        train_loop_config={"job": pickle.dumps(job), "inbox": inbox},
         torch_config=ray_torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(s.timeout_s)),
         scaling_config=train.ScalingConfig(num_workers=s.ranks, use_gpu=gpu, resources_per_worker=resources),
         run_config=train.RunConfig(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.learner import OptimiserSettings
+from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import CorpusError, RowOrder, dataset, read_piece
 from prism_ray.stages.supervised_tasks import Entry, Task
@@ -31,6 +33,18 @@ class Course:
     order: RowOrder
     steps: int
     batch: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know."""
+
+    checkpoint_in: str
+    out_folder: str
+    courses: tuple[Course, ...]
+    optimisers: tuple[OptimiserSettings, ...]
+    settings: TrainerSettings
+    corpora: CorporaSettings
 
 
 @dataclass(frozen=True, eq=False)

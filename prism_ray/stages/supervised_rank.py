@@ -1,4 +1,4 @@
-"""What one rank of the supervised trainer does: Ray Train runs `train_rank` in each of its workers."""
+"""What one rank of the supervised trainer does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,52 +17,13 @@ import torch
 import torch.distributed as dist
 from ray import train
 
-from prism_ray.config.corpora import CorporaSettings
-from prism_ray.config.learner import OptimiserSettings
-from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.reader import reading_error
 from prism_ray.learner.engine import TrainEngine
 from prism_ray.models.load import load_policy, save_weights
-from prism_ray.stages.supervised_data import Course, Portion, Shard, overall
+from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
 
 ENGINE = "engine"
 STATE = "state.json"
-
-
-class Inbox:
-    """Ray actor through which the ranks speak to the driver: `("metrics", phase, step, row)`, `("bad", phase, rows)`,
-    `("broken", sentence)`; and the driver to the ranks: stop."""
-
-    def __init__(self) -> None:
-        self._messages: list[tuple[Any, ...]] = []
-        self._stop = False
-
-    def put(self, message: tuple[Any, ...]) -> bool:
-        """Leave a message; True if the ranks shall stop."""
-        self._messages.append(message)
-        return self._stop
-
-    def take(self) -> list[tuple[Any, ...]]:
-        """The messages since the last call."""
-        taken, self._messages = self._messages, []
-        return taken
-
-    def stop(self) -> None:
-        """Let the ranks save and end at their next metrics row."""
-        self._stop = True
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a rank needs to know; `inbox` is the handle of an `Inbox`."""
-
-    checkpoint_in: str
-    out_folder: str
-    courses: tuple[Course, ...]
-    optimisers: tuple[OptimiserSettings, ...]
-    settings: TrainerSettings
-    corpora: CorporaSettings
-    inbox: Any
 
 
 class Then(Enum):
@@ -76,17 +36,12 @@ class Then(Enum):
     END = 3
 
 
-def train_rank(config: dict[str, Any]) -> None:
-    """Train all phases, from the last checkpoint if there is one, and write the Hugging Face folder."""
-    Rank(config["job"]).run()
-
-
 class Rank:
     """One rank's training state."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, inbox: Any) -> None:
         context = train.get_context()
-        self.job = job
+        self.job, self.inbox = job, inbox
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(max(1, math.ceil(job.settings.cpus_per_rank)))
         dtype = torch.bfloat16 if job.settings.precision == "bfloat16" else torch.float32
@@ -157,7 +112,7 @@ class Rank:
 
     def _tell(self, *message: Any) -> None:
         """A message to the driver; its answer is whether to stop."""
-        self.stop = ray.get(self.job.inbox.put.remote(message))
+        self.stop = bool(ray.get(self.inbox.put.remote(message)))
 
     def _train(self, portion: Portion) -> None:
         """One optimiser step; the loss is the mean over the terms of the whole batch, over all ranks."""

@@ -23,7 +23,7 @@ from prism_ray.testbed.scene import Cells, draw, encode_png, labels, random_cell
 from prism_ray.testbed.teacher import STYLES, Response, teach
 
 DATA_SOURCE = "prism_testbed"
-SPLITS = ("evaluate", "evaluate_unseen", "align", "rlvr", "sft", "base_each", "base_simple", "pretrain")
+SPLITS = ("evaluate", "evaluate_unseen", "align", "rlvr", "sft", "base", "pretrain")
 """In the order they are drawn: the held-out ones first, so that they never depend on the training splits' sizes."""
 
 _IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -79,8 +79,8 @@ def _write(path: Path, split: str, rows: Iterator[dict[str, Any]]) -> None:
 def _rows(
     split: str, settings: TestbedSettings, rng: np.random.Generator, seen: set[tuple[Cells, Question | None]]
 ) -> Iterator[dict[str, Any]]:
-    count, clean = settings.rows * settings.columns, split in ("pretrain", "base_simple", "base_each")
-    hardness = settings.base_hardness if clean else settings.hardness
+    count = settings.rows * settings.columns
+    hardness = settings.base_hardness if split == "base" else settings.hardness
     for index in range(getattr(settings, split)):
         cells, question = _fresh(split, settings, count, rng, seen)
         image = encode_png(draw(cells, settings.rows, settings.columns, hardness, rng))
@@ -117,7 +117,7 @@ def _fresh(
 def _family(split: str, settings: TestbedSettings, rng: np.random.Generator) -> str:
     if split == "evaluate_unseen":
         return EACH_RANGE
-    if split == "base_simple":
+    if split == "base" and rng.random() < settings.simple_questions:
         return CELL if rng.random() < settings.cell_questions else ONE_COLOUR
     return EACH
 

@@ -23,7 +23,7 @@ from prism_ray.testbed.truth import truth_of
 
 ID = "prism/Testbed-v0"
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.8, 0.2
-"""The published verifier reward: 0.8 accuracy + 0.2 format, 0 if the format is invalid (prism.md 3.1)."""
+"""The published verifier reward: 0.8 accuracy + 0.2 format, 0 if the format is invalid (PRISM, arXiv 2604.28123)."""
 
 
 class TestbedEnv(gymnasium.Env[dict[str, Any], str]):

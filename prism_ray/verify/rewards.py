@@ -1,4 +1,4 @@
-"""Verifiable rewards, pure: 0.8 accuracy + 0.2 format, and 0 where the format is invalid (prism.md § 3.1)."""
+"""Verifiable rewards, pure: 0.8 accuracy + 0.2 format, and 0 where the format is invalid (PRISM, arXiv 2604.28123)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Importing this module registers the backend with vLLM's factory; `rollout/engine.py` names a class that imports it as
 the engine's worker extension, so that spawned workers have it too. vLLM's own layerwise reload does the loading:
-weights are prepacked on the CPU backend, padded or quantised on others, and cannot be copied in place (stack.md 2.1).
+weights are prepacked on the CPU backend, padded or quantised on others, and cannot be copied in place.
 """
 
 from __future__ import annotations

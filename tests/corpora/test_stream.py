@@ -80,7 +80,7 @@ def test_damaged_file_stops_the_run_with_a_sentence(cluster, tmp_path, make):
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
     path.write_bytes(bytes(data))
     stream = PromptStream([path], NEEDS, SETTINGS, 0)
-    with pytest.raises(CorpusError, match="a.parquet: row group 0 is damaged"):
+    with pytest.raises(CorpusError, match="^[^ ]*a.parquet: row group 0 is damaged"):
         asyncio.run(take(stream, 1))
     stream.close()
 

@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     build_tiny(folder / "policy", vocabulary(), TinyModelSettings(), seed=3)
     save_new(build_discriminator(folder / "policy", DISCRIMINATOR, 0), folder / "judge", folder / "policy")
-    sizes = dict.fromkeys(["pretrain", "base_simple", "base_each", "sft", "rlvr", "evaluate", "evaluate_unseen"], 1)
+    sizes = dict.fromkeys(["pretrain", "base", "sft", "rlvr", "evaluate", "evaluate_unseen"], 1)
     write_corpora(folder / "corpora", TestbedSettings(align=UPDATES * PROMPTS, **sizes), seed=0)
     rows = pq.read_table(folder / "corpora" / "align.parquet").to_pylist()
     return folder, [prompt_from_row(row) for row in rows]

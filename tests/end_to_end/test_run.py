@@ -16,11 +16,12 @@ from prism_ray.runtime import journal
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "name=small", "cluster.cpus=2", "trainer.cpus_per_rank=0.5", "rollout.cpus_per_engine=0.5", "learner.cpus_per_rank=0.5",
+    "name=small", "cluster.cpus=2", "trainer.cpus_per_rank=0.5",
+    "rollout.cpus_per_engine=0.5", "learner.cpus_per_rank=0.5",
     "evaluate.prompts=8", "evaluate.samples_in_report=2",
-    "testbed.pretrain=64", "testbed.base_simple=64", "testbed.base_each=512", "testbed.sft=64", "testbed.align=48",
+    "testbed.pretrain=64", "testbed.base=512", "testbed.sft=64", "testbed.align=48",
     "testbed.rlvr=24", "testbed.evaluate=16", "testbed.evaluate_unseen=4",
-    "base.pretrain.steps=4", "base.simple.steps=4", "base.each.steps=150", "sft.steps=6",
+    "base.pretrain.steps=4", "base.clean.steps=150", "sft.steps=6",
     "references.steps=2", "references.batch=8",
     "warmup.prompts_per_step=4", "warmup.held_out_prompts=4", "warmup.min_steps=1", "warmup.max_steps=2",
     "warmup.target_accuracy=0",

@@ -1,4 +1,4 @@
-"""The house of design.md, enforced: imports only go down, heavy libraries stay in their rooms, modules stay small.
+"""The house, enforced: imports only go down, heavy libraries stay in their rooms, modules stay small.
 
 The lowest floor is two: the codec stands on the records it encodes.
 """

@@ -24,6 +24,11 @@ def test_waiting_for_an_engine_that_never_comes_ends_with_a_sentence(tmp_path):
         asyncio.run(pool.generate(Ticket(0, "p", 0, None)))
 
 
+def test_an_engine_that_cannot_start_says_why(cluster, run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no config.json"):
+        run(RolloutPool.create(tmp_path, RolloutSettings(engines=2, cpus_per_engine=0.5)))
+
+
 def test_a_pool_that_was_shut_down_says_so(tmp_path):
     async def use_after_shutdown():
         pool = RolloutPool(tmp_path, RolloutSettings(), 0)

@@ -22,8 +22,9 @@ def group_of(run, pool, prompt, number=0):
     return done, ray.get(done.ref)
 
 
-def leftovers():
-    return list(shared_folder().glob("prism_ray_*"))
+def leftovers(run, pool):
+    (engine,) = run(pool.health()).values()
+    return list(shared_folder().glob(f"prism_ray_{engine['pid']}_*"))
 
 
 def test_a_group_has_n_complete_rollouts(run, pool, ask, reference, settings):
@@ -63,7 +64,7 @@ def test_log_probs_are_the_learners_before_and_after_every_tensor_changed(run, p
                 np.testing.assert_allclose(r.logp, reference.logp(r, prompt, weights), atol=PARITY, rtol=0)
                 other = new if weights is not new else reference.weights
                 assert np.abs(r.logp - reference.logp(r, prompt, other)).max() > 0.1
-    assert not leftovers()
+    assert not leftovers(run, pool)
 
 
 async def _all(pool, prompts):
@@ -173,7 +174,7 @@ def test_incomplete_weights_are_refused_by_name_and_the_engine_goes_on(run, pool
     with pytest.raises(ValueError, match=r"pos_embed.weight has shape \(2, 2\)"):
         run(pool.publish(wrong, 4))
     done, _ = group_of(run, pool, ask("p", seed=1))
-    assert done.oldest_version == 0 and not leftovers()
+    assert done.oldest_version == 0 and not leftovers(run, pool)
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(run, pool, ask):

@@ -13,7 +13,7 @@ from prism_ray.runtime.protocols import Ticket
 
 @pytest.fixture(scope="module")
 def mixture(folder, tmp_path_factory):
-    """A random mixture like the dense policy; vLLM's CPU kernel pads experts of size 48, say, and cannot reload those."""
+    """A random mixture like the dense policy; vLLM's CPU kernel pads experts of size 48, and cannot reload those."""
     dense = AutoConfig.from_pretrained(folder).to_dict()
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
     text = dense["text_config"] | experts | {"decoder_sparse_step": 1, "model_type": "qwen3_vl_moe_text"}

@@ -14,9 +14,7 @@ from prism_ray.testbed.corpora import SPLITS, write_corpora
 from prism_ray.testbed.scene import labels
 from prism_ray.testbed.truth import truth_of
 
-SETTINGS = TestbedSettings(
-    pretrain=20, base_simple=100, base_each=40, sft=120, align=40, rlvr=40, evaluate=40, evaluate_unseen=10
-)
+SETTINGS = TestbedSettings(pretrain=20, base=140, sft=120, align=40, rlvr=40, evaluate=40, evaluate_unseen=10)
 PUBLISHED = [
     "images",
     "data_source",
@@ -95,7 +93,7 @@ def test_only_the_unseen_split_has_the_reserved_family(corpora):
         split: {json.loads(row["extra_info"])["family"] for row in rows} for split, rows in text_splits(corpora).items()
     }
     assert families.pop("evaluate_unseen") == {"each range"}
-    assert families.pop("base_simple") == {"one colour", "cell"}
+    assert families.pop("base") == {"one colour", "cell", "each"}
     assert all(found == {"each"} for found in families.values())
 
 
@@ -118,7 +116,7 @@ def test_corpora_are_deterministic_in_the_seed(tmp_path: Path):
 
 def test_the_size_of_a_training_split_does_not_change_what_is_held_out(tmp_path: Path):
     first = digest(tmp_path / "a", 7)
-    other = digest(tmp_path / "b", 7, SETTINGS.model_copy(update={"sft": 30, "base_each": 10}))
+    other = digest(tmp_path / "b", 7, SETTINGS.model_copy(update={"sft": 30, "base": 10}))
     assert first["evaluate"] == other["evaluate"]
     assert first["align"] == other["align"]
 

@@ -58,7 +58,7 @@ def test_a_prompt_of_the_corpus_is_judged_by_its_own_scene(tmp_path):
     from prism_ray.corpora.rows import prompt_from_row
     from prism_ray.testbed.corpora import write_corpora
 
-    sizes = dict.fromkeys(["pretrain", "base_simple", "base_each", "sft", "align", "evaluate", "evaluate_unseen"], 1)
+    sizes = dict.fromkeys(["pretrain", "base", "sft", "align", "evaluate", "evaluate_unseen"], 1)
     paths = write_corpora(tmp_path, TestbedSettings(rlvr=4, **sizes), seed=0)
     made = gymnasium.make(environment.ID)
     for row in pq.read_table(paths["rlvr"]).to_pylist():

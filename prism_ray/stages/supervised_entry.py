@@ -1,0 +1,39 @@
+"""Where Ray enters the supervised trainer: what its controller and small actors load, hence without torch's company."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+
+class Inbox:
+    """Ray actor through which the ranks speak to the driver: `("metrics", phase, step, row)`, `("bad", phase, rows)`,
+    `("broken", sentence)`; and the driver to the ranks: stop."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[Any, ...]] = []
+        self._stop = False
+
+    def put(self, message: tuple[Any, ...]) -> bool:
+        """Leave a message; True if the ranks shall stop."""
+        self._messages.append(message)
+        return self._stop
+
+    def take(self) -> list[tuple[Any, ...]]:
+        """The messages since the last call."""
+        taken, self._messages = self._messages, []
+        return taken
+
+    def stop(self) -> None:
+        """Let the ranks save and end at their next metrics row."""
+        self._stop = True
+
+
+def train_rank(config: dict[str, Any]) -> None:
+    """Train all phases, from the last checkpoint if there is one, and write the Hugging Face folder.
+
+    `config` holds the pickled `job` and the handle of the `inbox`.
+    """
+    from prism_ray.stages.supervised_rank import Rank  # here, so that the controller need not load DeepSpeed
+
+    Rank(pickle.loads(config["job"]), config["inbox"]).run()
