@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 
 from prism_ray.config.cli import parse_job
 from prism_ray.config.run import RunSettings
 from prism_ray.report.progress import setup_logging
+from prism_ray.report.summary import read_summary
+from prism_ray.report.table import print_evaluation
 
+# Bars of libraries that write model files would tear the live panel; a run has its own progress.
+os.environ.setdefault("TQDM_DISABLE", "1")
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 
@@ -47,6 +52,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger("prism_ray").error("failed", exc_info=True)
         print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
         return 1
+    print_evaluation(read_summary(folder)["evaluation"])
     print(f"done: {folder / 'summary.json'} and {folder / 'report.html'}")
     return 0
 

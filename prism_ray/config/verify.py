@@ -14,7 +14,9 @@ class VerifySettings(Settings):
     """Id of the environment in Gymnasium's own form: `module:namespace/Name-v0` imports the module, which registers
     it. `prism_ray.verify.answer:prism/Answer-v0` compares with the ground truth; your own works the same way."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds a group of rollouts may take to be judged; then its worker is killed and the group is worth 0. Rules take
-    milliseconds, so only an answer made to hang a verifier ever meets it."""
-    task_cpus: float = Field(default=0.1, ge=0)
-    """CPUs that Ray books for judging one group. Small, so that rewards never wait for a CPU that an actor holds."""
+    """Seconds a group of rollouts may take to be judged; then the process is replaced and the group is worth 0. Rules
+    take milliseconds, so only an answer made to hang a verifier ever meets it."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that judge, a group at a time each. One keeps up with rules; verifiers that compute want several."""
+    worker_cpus: float = Field(default=0.0, ge=0)
+    """CPUs that Ray books for each of them. None: rules take milliseconds."""

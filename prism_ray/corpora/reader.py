@@ -123,7 +123,7 @@ class RowOrder:
             order, ends = self._epoch(epoch)
             place = int(np.searchsorted(ends, row, side="right"))
             index = int(order[place])
-            first = 0
+            first = row - (int(ends[place]) - self.fragments[index].rows)
             count = min(stop - start, int(ends[place]) - row)
             pieces.append(Piece(self.fragments[index], self._inside(epoch, index)[first : first + count], start))
             start += count

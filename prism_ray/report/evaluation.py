@@ -38,10 +38,15 @@ def evaluation_metrics(sampled: Sequence[Group], greedy: Sequence[Group], truth:
     return {
         "n": len(sampled),
         "accuracy": clustered_interval([[t["answer"] for t in of_prompt] for of_prompt in truths]),
-        "accuracy_greedy": clustered_interval([[t["answer"] for t in _truths(g, truth)] for g in greedy]),
+        "accuracy_greedy": accuracy(greedy, truth),
         **{name: float(np.mean([np.mean([t[name] for t in of_prompt]) for of_prompt in truths])) for name in known},
         "mean_tokens": float(np.mean(tokens)),
     }
+
+
+def accuracy(groups: Sequence[Group], truth: Truth) -> dict[str, float]:
+    """Share of right answers over these groups, with its 95 % interval."""
+    return clustered_interval([[t["answer"] for t in _truths(group, truth)] for group in groups])
 
 
 def clustered_interval(values: Sequence[Sequence[float]]) -> dict[str, float]:

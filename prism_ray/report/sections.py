@@ -137,12 +137,15 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         *(title for _, title in _COLUMNS),
         "mean tokens",
     ]
+    unseen = any("accuracy_unseen" in numbers for numbers in evaluation.values())
+    head += ["unseen question family (greedy)"] if unseen else []
     body, marks = [], []
     for label in labels:
         numbers = evaluation[label]
         sampled, greedy = _interval(numbers, "accuracy"), _interval(numbers, "accuracy_greedy")
         shares = [_fixed(numbers.get(name)) for name, _ in _COLUMNS]
         cells = [_with_interval(sampled), _with_interval(greedy), *shares, _fixed(numbers.get("mean_tokens"), 1)]
+        cells += [_with_interval(_interval(numbers, "accuracy_unseen"))] if unseen else []
         body.append([escape(label), escape(str(numbers.get("n", "–"))), *cells])
         if sampled:
             marks.append((label, sampled, greedy))

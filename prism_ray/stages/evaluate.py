@@ -13,7 +13,7 @@ from typing import Any
 
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.records import Group, Prompt
-from prism_ray.report.evaluation import evaluation_metrics
+from prism_ray.report.evaluation import accuracy, evaluation_metrics
 from prism_ray.report.progress import Progress
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
@@ -30,11 +30,16 @@ LABELS = {
 }
 """Which stage's checkpoint is evaluated under which label of the summary."""
 
+UNSEEN = "evaluate_unseen"
+"""Corpus of a question family that no training split contains (the testbed has one): greedy accuracy there says whether
+a gain is skill or habit."""
+
 
 async def run_evaluate(session: Session, stages: Sequence[str]) -> Outcome:
     """Evaluate these stages' checkpoints; the numbers go to the summary, samples to `samples.jsonl`."""
     truth = load_truth(session.settings.evaluate.truth)
-    prompts = await _held_out(session, session.checkpoint(stages[0]))
+    prompts = await _held_out(session, session.checkpoint(stages[0]), "evaluate")
+    unseen = await _held_out(session, session.checkpoint(stages[0]), UNSEEN) if UNSEEN in session.corpora else []
     samples: list[dict[str, Any]] = []
     with Progress("evaluate", len(stages)) as progress:
         for number, stage in enumerate(stages, start=1):
@@ -43,6 +48,8 @@ async def run_evaluate(session: Session, stages: Sequence[str]) -> Outcome:
             sampled = await engines.sample(prompts, 1, temperature=session.settings.evaluate.temperature)
             greedy = await engines.sample(prompts, 1, greedy=True)
             metrics = evaluation_metrics(sampled, greedy, truth)
+            if unseen:
+                metrics["accuracy_unseen"] = accuracy(await engines.sample(unseen, 1, greedy=True), truth)
             session.summary.evaluation(LABELS[stage], metrics)
             samples += _samples(LABELS[stage], sampled[: session.settings.evaluate.samples_in_report], truth)
             progress.update(
@@ -71,14 +78,14 @@ def load_truth(name: str) -> Callable[[str, Prompt], Mapping[str, float]]:
     return truth
 
 
-async def _held_out(session: Session, policy: Path) -> list[Prompt]:
+async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]:
     settings = session.settings
     stream = PromptStream(
-        session.corpora["evaluate"],
+        session.corpora[corpus],
         session.requirements(policy, ground_truth=True),
         settings.corpora,
         settings.seed,
-        quarantine=session.quarantine("evaluate"),
+        quarantine=session.quarantine(corpus),
     )
     try:
         count = min(settings.evaluate.prompts, stream.rows)

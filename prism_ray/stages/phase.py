@@ -30,10 +30,15 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A judge that learns has its own part of a checkpoint, and an actor to end."""
+    """A judge that learns has its own part of a checkpoint."""
 
     async def save(self, folder: Path) -> None: ...
     async def load(self, folder: Path) -> Any: ...
+
+
+class StageJudge(Judge, Protocol):
+    """A judge as a stage uses it: it has actors to end."""
+
     def shutdown(self) -> None: ...
 
 
@@ -47,9 +52,9 @@ class Phase:
     corpus: list[Path]
     settings: PhaseSettings
     updates: int
-    make_judge: Callable[[], Awaitable[Judge]]
+    make_judge: Callable[[], Awaitable[StageJudge]]
     needs_reference: bool
-    on_end: Callable[[Judge], Awaitable[None]] | None = None
+    on_end: Callable[[StageJudge], Awaitable[None]] | None = None
     """Awaited with the judge once training is over (alignment exports the discriminator there)."""
 
 
@@ -109,8 +114,7 @@ class _Rooms:
     async def __aexit__(self, *_: object) -> None:
         self.prompts.close()
         self.learner.shutdown()
-        if isinstance(self.judge, Stateful):
-            self.judge.shutdown()
+        self.judge.shutdown()
         await self.keeper.close()
 
     async def _restore(self) -> None:

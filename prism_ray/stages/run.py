@@ -21,10 +21,9 @@ from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.progress import Progress
 from prism_ray.report.summary import Summary
 from prism_ray.runtime import cluster
-from prism_ray.runtime.protocols import Judge
 from prism_ray.stages import supervised
 from prism_ray.stages.evaluate import LABELS, load_truth, run_evaluate
-from prism_ray.stages.phase import Phase, run_phase
+from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
 from prism_ray.stages.session import Interrupted, Session
 from prism_ray.stages.warmup import run_warmup
@@ -203,12 +202,12 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
 async def _align(session: Session) -> Outcome:
     settings = session.settings
 
-    async def judge() -> Judge:
+    async def judge() -> StageJudge:
         return await DiscriminatorPool.start(
             session.checkpoint("warmup"), settings.discriminator, settings.rollout.max_prompt_tokens
         )
 
-    async def keep_discriminator(trained: Judge) -> None:
+    async def keep_discriminator(trained: StageJudge) -> None:
         assert isinstance(trained, DiscriminatorPool)
         await trained.export(session.stage_folder("align") / "discriminator")
 
@@ -230,7 +229,7 @@ async def _align(session: Session) -> Outcome:
 async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcome:
     settings = session.settings
 
-    async def judge() -> Judge:
+    async def judge() -> StageJudge:
         return VerifierPool(settings.verify)
 
     corpus, start_folder = session.corpora["rlvr"], session.checkpoint(start)

@@ -1,19 +1,19 @@
 """`VerifierPool`: fulfils the loop's `Judge` with a Gymnasium environment (contract: `verify/environment.py`).
 
-Groups are judged in Ray tasks, in worker processes of their own: an answer that hangs a verifier costs its group, when
-the time is up and the worker is killed, and nothing else.
+Groups are judged in actors, one at a time in each: an answer that hangs a verifier costs its group, when the time is up
+and the actor is replaced, and nothing else. Actors and not tasks, because a burst of tasks makes Ray start (and later
+stop) a process for each, which costs far more than the judging.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import gymnasium
 import ray
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError
 
 from prism_ray.config.verify import VerifySettings
 from prism_ray.records import Group, Ticket, Verdict
@@ -62,21 +62,22 @@ def _refused(reason: str) -> Verdict:
     return Verdict(0.0, False, reason, parts=dict.fromkeys(_PARTS, 0.0) | {"failed": 1.0})
 
 
-@lru_cache(maxsize=4)
-def _environment(environment: str) -> gymnasium.Env[Any, Any]:
-    return make_environment(environment)
+class _Verifier:
+    """The actor: one environment."""
 
+    def __init__(self, environment: str) -> None:
+        self._environment = make_environment(environment)
 
-@ray.remote(max_retries=0)
-def _judge(group: Group, environment: str) -> tuple[Group, dict[str, float]]:
-    judged = judge_group(group, _environment(environment))
-    return judged, _stats(judged)
+    def ready(self) -> None:
+        """Answers once the process is up, which the time limit of a group does not count."""
 
+    def judge(self, group: Group) -> tuple[Group, dict[str, float]]:
+        judged = judge_group(group, self._environment)
+        return judged, _stats(judged)
 
-@ray.remote
-def _give_up(group: Group, reason: str) -> tuple[Group, dict[str, float]]:
-    judged = group.judged([_refused(reason)] * len(group.rollouts))
-    return judged, _stats(judged)
+    def refuse(self, group: Group, reason: str) -> tuple[Group, dict[str, float]]:
+        judged = group.judged([_refused(reason)] * len(group.rollouts))
+        return judged, _stats(judged)
 
 
 def _stats(group: Group) -> dict[str, float]:
@@ -91,27 +92,56 @@ class VerifierPool:
 
     def __init__(self, settings: VerifySettings) -> None:
         make_environment(settings.environment).close()
-        self._environment = settings.environment
-        self._timeout_s = settings.timeout_s
-        self._judge: Any = _judge.options(num_returns=2, num_cpus=settings.task_cpus)
-        self._give_up: Any = _give_up.options(num_returns=2, num_cpus=settings.task_cpus)
+        self._settings = settings
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        self._all = {self._start() for _ in range(settings.workers)}
+        for verifier in self._all:
+            self._idle.put_nowait(verifier)
 
     async def judge(self, ticket: Ticket) -> Ticket:
         """The ticket with `ref` to the judged group and the means of the reward and its parts as stats."""
-        ref, stats_ref = self._judge.remote(ticket.ref, self._environment)
+        verifier = await self._idle.get()
         try:
-            stats = await asyncio.wait_for(asyncio.wrap_future(stats_ref.future()), self._timeout_s)
+            return await self._judge(verifier, ticket)
         except TimeoutError:
-            ray.cancel(ref, force=True)
-            ref, stats = await self._refuse(ticket, f"verifier took longer than {self._timeout_s:g} s")
-        except WorkerCrashedError:
-            ref, stats = await self._refuse(ticket, "verifier crashed")
-        return replace(ticket, ref=ref, stats=ticket.stats | stats)
+            reason = f"verifier took longer than {self._settings.timeout_s:g} s"
+        except RayActorError:
+            reason = "verifier crashed"
+        except RayTaskError as error:
+            self._idle.put_nowait(verifier)
+            raise error.cause from None
+        return await self._refuse(self._replace(verifier), ticket, reason)
 
     async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:
         """Nothing: rules do not learn."""
         return {}
 
-    async def _refuse(self, ticket: Ticket, reason: str) -> tuple[Any, dict[str, float]]:
-        ref, stats_ref = self._give_up.remote(ticket.ref, reason)
-        return ref, await stats_ref
+    def shutdown(self) -> None:
+        """End the actors."""
+        for verifier in self._all:
+            ray.kill(verifier)
+        self._all.clear()
+
+    async def _judge(self, verifier: Any, ticket: Ticket) -> Ticket:
+        await verifier.ready.remote()
+        ref, stats_ref = verifier.judge.options(num_returns=2).remote(ticket.ref)
+        stats = await asyncio.wait_for(asyncio.wrap_future(stats_ref.future()), self._settings.timeout_s)
+        self._idle.put_nowait(verifier)
+        return replace(ticket, ref=ref, stats=ticket.stats | stats)
+
+    async def _refuse(self, verifier: Any, ticket: Ticket, reason: str) -> Ticket:
+        ref, stats_ref = verifier.refuse.options(num_returns=2).remote(ticket.ref, reason)
+        stats = await stats_ref
+        self._idle.put_nowait(verifier)
+        return replace(ticket, ref=ref, stats=ticket.stats | stats)
+
+    def _start(self) -> Any:
+        actor: Any = ray.remote(_Verifier).options(num_cpus=self._settings.worker_cpus)
+        return actor.remote(self._settings.environment)
+
+    def _replace(self, verifier: Any) -> Any:
+        ray.kill(verifier)
+        self._all.discard(verifier)
+        new = self._start()
+        self._all.add(new)
+        return new

@@ -25,6 +25,14 @@ def test_every_epoch_has_each_row_once_in_another_order(order):
     assert first != second and first != sorted(first, key=int)
 
 
+def test_fragments_are_shuffled_anew_every_epoch(order):
+    def places(epoch):
+        return [(p.fragment.file, p.fragment.group) for p in order.pieces(33 * epoch, 33 * (epoch + 1))]
+
+    assert len(places(0)) == 6
+    assert len({tuple(places(epoch)) for epoch in range(4)}) > 1
+
+
 def test_order_depends_on_the_seed_alone(order):
     again = RowOrder(order.fragments, seed=1)
     assert ids(again, 5, 50) == ids(order, 5, 50)

@@ -251,7 +251,7 @@ def align_step(
     judge_loss = judge.loss(questions, groups)
     step(judge_optimiser, judge_loss, s.grad_clip)
     step(optimiser, loss, s.grad_clip)
-    return float(loss), float(judge_loss)
+    return float(loss.detach()), float(judge_loss.detach())
 
 
 def grpo_step(
@@ -265,4 +265,4 @@ def grpo_step(
     advantages = [grpo_advantages(question, group) for question, group in zip(questions, groups, strict=True)]
     loss = policy_loss(policy, questions, groups, advantages, s)
     step(optimiser, loss, s.grad_clip)
-    return float(loss)
+    return float(loss.detach())

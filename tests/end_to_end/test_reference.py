@@ -1,15 +1,17 @@
 """The distributed loop at max_staleness 0, fed the same rollouts, equals the reference loop: losses and weights."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from reference_loop import Judge, Model, Question, Response, Settings, align_step, grpo_step
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prism_ray.config.discriminator import DiscriminatorSettings
@@ -32,9 +34,12 @@ from prism_ray.testbed.corpora import write_corpora
 from prism_ray.testbed.truth import truth_of
 from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool
+from tests.end_to_end.reference_loop import Judge, Model, Question, Response, Settings, align_step, grpo_step
 
 UPDATES, PROMPTS, ROLLOUTS, TOKENS = 3, 2, 3, 24
-TOLERANCE = 2e-5  # float32: batched against one by one, through three AdamW steps of at most 2e-4
+TOLERANCE = 1e-3
+"""Of the movement of the weights (root mean square over all of them), how much may differ in float32. Not a maximum:
+AdamW divides by the gradient's own size, so an entry whose gradient is rounding noise moves as far as any other."""
 DISCRIMINATOR = DiscriminatorSettings(head_dropout=0.0)
 OPTIMISER = OptimiserSettings(lr=2e-4)
 
@@ -149,17 +154,25 @@ def adamw(module: torch.nn.Module, settings: OptimiserSettings) -> torch.optim.A
     return torch.optim.AdamW(module.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
 
 
-def differences(weights: dict[str, np.ndarray], module: torch.nn.Module) -> dict[str, float]:
-    own = dict(module.named_parameters())
+def deviation(weights: Mapping[str, Any], own: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    """Root mean square of the difference, over that of the movement since `before`."""
     assert set(own) <= set(weights)
-    return {name: float((torch.from_numpy(weights[name].copy()) - own[name].detach()).abs().max()) for name in own}
+    there = torch.cat([torch.tensor(np.asarray(weights[n])).flatten() for n in own])
+    here, start = (torch.cat([side[n].flatten() for n in own]) for side in (own, before))
+    movement = (here - start).square().mean().sqrt()
+    assert movement > 1e-5, "nothing moved, so nothing was compared"
+    return float((there - here).square().mean().sqrt() / movement)
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def test_grpo_equals_the_reference(world, cluster):
     folder, prompts = world
     policy, encoder = policy_model(folder / "policy"), Encoder(folder / "policy", 99)
     optimiser, groups, losses = adamw(policy.network, OPTIMISER), [], []
-    before = {n: p.detach().clone() for n, p in policy.network.named_parameters()}
+    before = snapshot(policy.network)
     for step in range(UPDATES):
         chosen = prompts[step * PROMPTS : (step + 1) * PROMPTS]
         responses = rollouts_of(policy, chosen, step)
@@ -171,8 +184,7 @@ def test_grpo_equals_the_reference(world, cluster):
     rows, weights = asyncio.run(distributed(folder, groups, judge, advantage))
     assert [row["policy/loss"] for row in rows] == pytest.approx(losses, abs=1e-5)
     assert any(abs(loss) > 1e-3 for loss in losses), "nothing was learned, so nothing was compared"
-    assert max(float((p.detach() - before[n]).abs().max()) for n, p in policy.network.named_parameters()) > 3e-4
-    assert max(differences(weights, policy.network).values()) < TOLERANCE
+    assert deviation(weights, snapshot(policy.network), before) < TOLERANCE
 
 
 def test_alignment_equals_the_reference(world, cluster, tmp_path):
@@ -182,7 +194,7 @@ def test_alignment_equals_the_reference(world, cluster, tmp_path):
     processor = AutoProcessor.from_pretrained(folder / "policy")
     judge = Judge(trained.backbone, trained.head, processor, Settings())
     optimiser, judge_optimiser = adamw(policy.network, OPTIMISER), adamw(trained, DISCRIMINATOR.optimiser)
-    groups, losses = [], []
+    before, judge_before, groups, losses = snapshot(policy.network), snapshot(trained), [], []
     for step in range(UPDATES):
         chosen = prompts[step * PROMPTS : (step + 1) * PROMPTS]
         responses = rollouts_of(policy, chosen, step)
@@ -200,7 +212,6 @@ def test_alignment_equals_the_reference(world, cluster, tmp_path):
     rows, weights = asyncio.run(product())
     assert [row["policy/loss"] for row in rows] == pytest.approx([a for a, _ in losses], abs=1e-4)
     assert [row["discriminator/loss"] for row in rows] == pytest.approx([b for _, b in losses], rel=1e-3)
-    assert max(differences(weights, policy.network).values()) < TOLERANCE
-    ours = load_discriminator(tmp_path / "judge", DISCRIMINATOR)
-    own = dict(trained.named_parameters())
-    assert max(float((p.detach() - own[n].detach()).abs().max()) for n, p in ours.named_parameters()) < 1e-4
+    assert deviation(weights, snapshot(policy.network), before) < TOLERANCE
+    ours = snapshot(load_discriminator(tmp_path / "judge", DISCRIMINATOR))
+    assert deviation(ours, snapshot(trained), judge_before) < TOLERANCE
