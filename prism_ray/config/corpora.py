@@ -22,6 +22,7 @@ class CorporaSettings(Settings):
     reader_cpus: float = Field(default=0.1, ge=0)
     """CPUs that Ray books for a reading task. Small, so that reading never waits for a CPU that an actor holds."""
     rows_per_task: int = Field(default=1024, ge=1)
-    """Rows that one reading task works through; long enough to hide the cost of starting it."""
+    """Rows that one reading task works through, and, times `readers`, that are prepared at once: long enough to hide
+    the cost of starting it, short enough that two lots of prepared rows fit the object store."""
     block_mb: float = Field(default=4.0, gt=0)
     """Size of the blocks in which a reading task hands over its rows: small, so that the first come early."""

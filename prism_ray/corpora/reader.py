@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 from pyarrow import fs
 
@@ -168,15 +171,39 @@ def _table(fragment: Fragment, columns: tuple[str, ...]) -> pa.Table:
         raise CorpusError(f"{where} is damaged ({cause}); download or write the file again") from error
 
 
-def dataset(
+def prepared(
+    tasks: Iterable[dict[str, Any]],
+    work: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
+    settings: CorporaSettings,
+) -> Iterator[dict[str, Any]]:
+    """The rows that `work` makes of each of `tasks`, in the order of the tasks, made by Ray Data ahead of need.
+
+    `settings.readers` tasks at a time are one execution, run to its end while the rows of the one before are consumed;
+    so at most two executions' rows are held. One execution over everything, held back by its consumer, would stream
+    too, but Ray Data's executor then polls without pause, and that thread takes half a core from whoever consumes.
+    """
+    remaining, ahead = iter(tasks), None
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
+    try:
+        while True:
+            window = list(islice(remaining, settings.readers))
+            coming: Future[list[Any]] | None = thread.submit(_execute, window, work, settings) if window else None
+            for ref in ahead.result() if ahead is not None else []:
+                table: Any = ray.get(ref)
+                yield from table.to_pylist()
+            if coming is None:
+                return
+            ahead = coming
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _execute(
     tasks: Sequence[dict[str, Any]],
     work: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
     settings: CorporaSettings,
-) -> ray.data.Dataset:
-    """A streaming Ray Data pipeline: `work` turns each of `tasks` into rows, which come in the order of the tasks.
-
-    At most `settings.readers` tasks run at once; what is not consumed holds them back.
-    """
+) -> list[Any]:
+    """References to the Arrow tables that hold the rows of these tasks."""
     source = ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
     pool = ray.data.TaskPoolStrategy(size=settings.readers)
     made = source.flat_map(work, num_cpus=settings.reader_cpus, compute=pool)
@@ -186,7 +213,7 @@ def dataset(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     made.context.target_max_block_size = int(settings.block_mb * 2**20)
     made.context.target_min_block_size = 1
-    return made
+    return made.to_arrow_refs()
 
 
 def reading_error(error: BaseException) -> CorpusError | None:

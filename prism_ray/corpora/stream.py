@@ -12,6 +12,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,9 @@ import ray
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, RowOrder, dataset, find_fragments, read_piece, reading_error
+from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, read_piece, reading_error
 from prism_ray.corpora.rows import BadRow, prompt_from_row
 from prism_ray.records import Prompt
-
-TASKS_AHEAD = 64
-"""Reading tasks planned in one Ray Data execution; the next execution starts where it ends."""
 
 
 def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
@@ -94,16 +92,11 @@ class PromptReader:
         return places, *prompts
 
     def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
-        """Endless: one Ray Data execution after the other."""
+        """Endless."""
         step = self._settings.rows_per_task
-        while True:
-            starts = [position + i * step for i in range(TASKS_AHEAD)]
-            tasks = [{"start": s, "stop": s + step} for s in starts]
-            rows = dataset(tasks, _Reading(self._order, self._needs), self._settings)
-            for batch in rows.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"):
-                for place, item in zip(batch["position"], batch["item"], strict=True):
-                    yield int(place), pickle.loads(item)
-            position += step * TASKS_AHEAD
+        tasks = ({"start": start, "stop": start + step} for start in count(position, step))
+        for row in prepared(tasks, _Reading(self._order, self._needs), self._settings):
+            yield row["position"], pickle.loads(row["item"])
 
 
 class PromptStream:

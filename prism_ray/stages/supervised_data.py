@@ -20,7 +20,7 @@ from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.learner import OptimiserSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.reader import CorpusError, RowOrder, dataset, read_piece
+from prism_ray.corpora.reader import CorpusError, RowOrder, prepared, read_piece
 from prism_ray.stages.supervised_tasks import Entry, Task
 
 
@@ -72,13 +72,8 @@ class Shard:
 
     def portions(self, first_step: int) -> Iterator[tuple[int, int, Portion]]:
         """(phase, step in the phase, portion) from the overall step on, prepared ahead of need."""
-        tasks = list(self._tasks(first_step))
-        if not tasks:
-            return
-        rows = dataset(tasks, self._prepare, self.settings)
-        for block in rows.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"):
-            for phase, step, portion in zip(block["phase"], block["step"], block["portion"], strict=True):
-                yield int(phase), int(step), pickle.loads(portion)
+        for row in prepared(self._tasks(first_step), self._prepare, self.settings):
+            yield row["phase"], row["step"], pickle.loads(row["portion"])
 
     def _tasks(self, first_step: int) -> Iterator[dict[str, int]]:
         for phase, course in enumerate(self.courses):
@@ -94,9 +89,9 @@ class Shard:
         for step in range(task["first"], task["last"]):
             start = step * course.batch + self.rank * course.batch // self.ranks
             stop = step * course.batch + (self.rank + 1) * course.batch // self.ranks
-            prepared = course.task.prepare(entries(course, start, stop))
-            good = [item for item in prepared if not isinstance(item, Quarantined)]
-            bad = [item for item in prepared if isinstance(item, Quarantined)]
+            items = course.task.prepare(entries(course, start, stop))
+            good = [item for item in items if not isinstance(item, Quarantined)]
+            bad = [item for item in items if isinstance(item, Quarantined)]
             spare = good[0] if good else spare
             if spare is None:
                 raise CorpusError(f"{course.name}: a whole batch cannot be used ({bad[0].reason}); repair the corpus")

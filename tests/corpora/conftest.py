@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from prism_ray.response import render
@@ -54,13 +53,6 @@ def row(index: int = 0, **changes):
 def write(path, rows, group=8, schema=SCHEMA):
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, row_group_size=group)
     return path
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, logging_level="error")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

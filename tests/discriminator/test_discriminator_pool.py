@@ -15,13 +15,6 @@ from prism_ray.records import Verdict
 from prism_ray.runtime.protocols import Ticket
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def folder(build, tiny_folder, tmp_path):
     model = build()

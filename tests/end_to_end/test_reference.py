@@ -56,15 +56,6 @@ def world(tmp_path_factory):
     return folder, [prompt_from_row(row) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
-    )
-    yield
-    ray.shutdown()
-
-
 def question(prompt: Prompt) -> Question:
     def reward(text: str) -> float:
         truth = truth_of(text, prompt.extra)

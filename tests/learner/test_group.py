@@ -35,13 +35,6 @@ def test_fewer_groups_than_ranks_is_an_error():
         split_by_tokens([ticket(0, 5)], 2)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, configure_logging=False)
-    yield
-    ray.shutdown()
-
-
 def test_a_group_of_ranks_updates_saves_loads_and_exports(cluster, policy_folder, make_group, tmp_path):
     asyncio.run(life(policy_folder, make_group, tmp_path))
 

@@ -2,11 +2,9 @@
 
 import asyncio
 import io
-import os
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 
@@ -93,14 +91,6 @@ def make_reference():
 @pytest.fixture(scope="session")
 def reference(folder):
     return Reference(folder)
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

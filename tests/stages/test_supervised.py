@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -37,13 +36,6 @@ def world(tmp_path_factory):
     paths = write_corpora(folder, TestbedSettings(**SIZES), seed=0)
     build_tiny(folder / "tiny", vocabulary(), TinyModelSettings(layers=2), seed=0)
     return folder / "tiny", paths
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="error")
-    yield
-    ray.shutdown()
 
 
 def settings(steps, **changes):

@@ -1,5 +1,4 @@
 import asyncio
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +15,7 @@ FAULTY = "slow_environment:prism-test/Faulty-v0"
 SILENT = "slow_environment:prism-test/Silent-v0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    here = str(Path(__file__).parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(here)
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            logging_level="error",
-            runtime_env={"env_vars": {"PYTHONPATH": here}},
-        )
-        yield
-        ray.shutdown()
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def ticket(*texts):
