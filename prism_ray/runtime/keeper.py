@@ -38,6 +38,7 @@ class JournalKeeper:
     async def restore(self, consumed: set[int]) -> list[Ticket]:
         """Tickets of journalled groups that no checkpointed update has consumed."""
         entries = await self._wait(self._actor.restore.remote(consumed), "to read its segments")
+        self._segments |= {meta["id"]: 0 for meta, _ in entries}  # keeps the old segments until these are consumed
         return [Ticket(ref=ref, **meta) for meta, ref in entries]
 
     async def close(self) -> None:

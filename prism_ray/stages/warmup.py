@@ -19,6 +19,10 @@ from prism_ray.stages.session import Session
 log = logging.getLogger(__name__)
 
 
+MEASURE_EVERY = 2
+"""Warm-up steps between two looks at the held-out pairs; a look costs a third of a step."""
+
+
 class WeakDiscriminator(RuntimeError):
     """The warmed-up discriminator does not tell references from rollouts well enough to train a policy on."""
 
@@ -58,7 +62,7 @@ async def _train(
     settings = session.settings.warmup
     held_out = await _sample(engines, stream, settings.held_out_prompts, settings.rollouts, set())
     reserved = {group.prompt.id for group in held_out}
-    accuracy = await judge.measure(held_out)
+    accuracy: dict[str, float] = {}
     coming = asyncio.create_task(_sample(engines, stream, settings.prompts_per_step, settings.rollouts, reserved))
     step = 0
     with Progress(name, settings.max_steps) as progress:
@@ -71,9 +75,9 @@ async def _train(
                 )
             metrics = await judge.warm_up(batch)
             step += 1
-            if step >= settings.min_steps and step % 2 == 0 or step == settings.max_steps:
+            if step % MEASURE_EVERY == 0 or step == settings.max_steps:
                 accuracy = await judge.measure(held_out)
-            metrics |= {f"{key}_held_out": value for key, value in accuracy.items()}
+                metrics |= {f"{key}_held_out": value for key, value in accuracy.items()}
             session.metrics.write(name, step, metrics)
             progress.update(step, **metrics)
             if step >= settings.min_steps and _weakest(accuracy) >= settings.target_accuracy:

@@ -35,6 +35,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / "align.py"), f"runs={folder}", *SMALL, *overrides]
 
 
+@pytest.mark.timeout(1500)
 def test_every_stage_runs_is_interrupted_goes_on_and_is_not_repeated(tmp_path):
     run = tmp_path / "small"
     first = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
