@@ -50,11 +50,18 @@ def main(argv: list[str]) -> int:
         return 2
     except Exception as error:
         logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        print(_reason(error), file=sys.stderr)
         return 1
     print_evaluation(read_summary(folder)["evaluation"])
     print(f"done: {folder / 'summary.json'} and {folder / 'report.html'}")
     return 0
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on one line; of an error in an actor its own words, without Ray's traceback around them."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
 from prism_ray.config.corpora import CorporaSettings
@@ -91,3 +91,14 @@ class RunSettings(Settings):
     """The Ray cluster."""
     report: ReportSettings = ReportSettings()
     """Metrics and report."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        for name, phase in (("align", self.align), ("rlvr", self.rlvr)):
+            known, sampled = phase.objective.max_response_tokens, self.rollout.max_response_tokens
+            if known < sampled:
+                raise ValueError(
+                    f"{name}.objective.max_response_tokens is {known} but responses may have "
+                    f"rollout.max_response_tokens = {sampled}; raise the first to the second"
+                )
+        return self

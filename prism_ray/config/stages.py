@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings
+from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings, check_together
 from prism_ray.config.runtime import LoopSettings
 
 
@@ -22,6 +24,11 @@ class PhaseSettings(Settings):
     """The policy loss."""
     correction: CorrectionSettings = CorrectionSettings()
     """The off-policy correction."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_together(self.objective, self.correction)
+        return self
 
 
 class RlvrSettings(PhaseSettings):
