@@ -32,20 +32,21 @@ def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
     folder = settings.runs / settings.name
-    setup_logging(folder)
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError
+    from prism_ray.runtime.cluster import ClusterError
     from prism_ray.stages.run import InputError, check_inputs, run, start_cluster
     from prism_ray.stages.session import Interrupted
 
     try:
+        setup_logging(folder)
         check_inputs(settings)
         start_cluster(settings)
         asyncio.run(run(settings))
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the same command continues it: {folder}", file=sys.stderr)
         return 130
-    except (InputError, CorpusError) as error:
+    except (InputError, CorpusError, ClusterError) as error:
         print(error, file=sys.stderr)
         return 2
     except Exception as error:
@@ -58,10 +59,11 @@ def main(argv: list[str]) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on one line; of an error in an actor its own words, without Ray's traceback around them."""
+    """What went wrong on one line; of an error in an actor its own words, without Ray's traceback before them."""
     while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
-    return f"{type(error).__name__}: {error}".replace("\n", " ")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 if __name__ == "__main__":

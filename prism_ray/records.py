@@ -108,6 +108,10 @@ class Group:
     def oldest_version(self) -> int:
         return min(r.oldest_version for r in self.rollouts)
 
+    @property
+    def newest_version(self) -> int:
+        return max((int(r.versions.max()) for r in self.rollouts if len(r.versions)), default=0)
+
 
 @dataclass(frozen=True)
 class Ticket:

@@ -26,3 +26,5 @@ class CorporaSettings(Settings):
     the cost of starting it, short enough that two lots of prepared rows fit the object store."""
     block_mb: float = Field(default=4.0, gt=0)
     """Size of the blocks in which a reading task hands over its rows: small, so that the first come early."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for the next prompts before the run fails and says what it waited for."""

@@ -47,11 +47,8 @@ class OptimiserSettings(Settings):
         return self
 
 
-class LearnerSettings(Settings):
-    """The learner group: how many ranks, what each gets, and how much it computes at a time."""
-
-    optimiser: OptimiserSettings = OptimiserSettings()
-    """AdamW and DeepSpeed."""
+class LearnerSettings(OptimiserSettings):
+    """The learner group: its optimiser, how many ranks, what each gets, and how much it computes at a time."""
 
     ranks: int = Field(default=1, ge=1)
     """Data-parallel processes. One is enough for the tiny model: an update is less than a second of one core."""

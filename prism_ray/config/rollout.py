@@ -51,7 +51,7 @@ class RolloutSettings(Settings):
     (cheaper for long responses; the behaviour policy is then a mixture of versions). Cached prompts and images
     of older weights are never used for new rollouts in either case."""
     seed: int = 0
-    """Of the engines' random numbers; engine i uses seed + i."""
+    """Added to the run's seed for the engines' random numbers; engine i uses their sum + i."""
 
     generate_timeout_s: float = Field(default=300.0, gt=0)
     """How long the pool waits for a group, queue in the engine included, before it fails and names the engine."""

@@ -70,5 +70,6 @@ class EvaluateSettings(Settings):
     """Temperature of the sampled evaluation: T = 1 shows drift that greedy decoding hides."""
     samples_in_report: int = Field(default=6, ge=0)
     """Responses of each checkpoint that the report shows with their images."""
-    truth: str = "prism_ray.testbed.truth:truth_of"
-    """`module:function` that tells what of a response is right, given its text and the prompt's `extra`."""
+    truth: str = "prism_ray.testbed.truth:truth_of_prompt"
+    """`module:function` that tells what of a response is right, given its text and the prompt: a dict with `answer` and
+    `format` (0..1). `prism_ray.verify.answer:truth_of` compares with the ground truth; the testbed's knows more."""

@@ -16,6 +16,8 @@ class VerifySettings(Settings):
     timeout_s: float = Field(default=30.0, gt=0)
     """Seconds a group of rollouts may take to be judged; then the process is replaced and the group is worth 0. Rules
     take milliseconds, so only an answer made to hang a verifier ever meets it."""
+    start_timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds a verifier's process may take to start."""
     workers: int = Field(default=1, ge=1)
     """Processes that judge, a group at a time each. One keeps up with rules; verifiers that compute want several."""
     worker_cpus: float = Field(default=0.0, ge=0)

@@ -28,12 +28,15 @@ class Requirements:
     ground_truth: bool = False
     decode: bool = True
     max_image_pixels: int = 64_000_000
+    max_images: int = 1_000
     count_tokens: Callable[[Prompt], int] | None = None
     max_prompt_tokens: int = 0
 
 
 def check(prompt: Prompt, needs: Requirements) -> None:
     """Raise `BadRow` if the prompt cannot be used."""
+    if len(prompt.images) > needs.max_images:
+        raise BadRow("images: more than rollout.max_images", f"{len(prompt.images)} images")
     for index, image in enumerate(prompt.images):
         _check_image(index, image, needs)
     if needs.reference:

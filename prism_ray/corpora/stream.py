@@ -126,8 +126,9 @@ class PromptStream:
         self._ready: deque[tuple[str, int, Any]] = deque()
         self._pending: list[ray.ObjectRef] | None = None
         self._lock = asyncio.Lock()
-        actor = ray.remote(PromptReader).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        self._reader: Any = actor.remote(order, needs, settings, ", ".join(map(str, paths)), quarantine)
+        actor = ray.remote(PromptReader).options(num_cpus=0, max_restarts=3, max_task_retries=3)
+        self._name, self._timeout_s = ", ".join(map(str, paths)), settings.timeout_s
+        self._reader: Any = actor.remote(order, needs, settings, self._name, quarantine)
         self._request()
 
     async def take(self) -> tuple[str, int, Any]:
@@ -139,7 +140,7 @@ class PromptStream:
             self.position = place + 1
             return prompt_id, place, ref
 
-    def close(self) -> None:
+    def shutdown(self) -> None:
         """Stop reading."""
         ray.kill(self._reader)
 
@@ -151,7 +152,12 @@ class PromptStream:
         assert self._pending is not None
         places_ref, *refs = self._pending
         try:
-            places = await places_ref
+            places = await asyncio.wait_for(asyncio.wrap_future(places_ref.future()), self._timeout_s)
+        except TimeoutError:
+            raise TimeoutError(
+                f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "
+                "corpora.reader_cpus to spare, and is the storage reachable?"
+            ) from None
         except Exception as error:
             raise reading_error(error) or error from None
         self._ready.extend((i, place, ref) for (i, place), ref in zip(places, refs, strict=True))

@@ -48,7 +48,7 @@ class LearnerRank:
         model = load_policy(self.folder)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.engine = TrainEngine(model, self.settings.optimiser, total_steps)
+        self.engine = TrainEngine(model, self.settings, total_steps)
 
     def update(self, refs: list[Any], version: int) -> Outcome:
         """This rank's share of an update, given as references to groups."""

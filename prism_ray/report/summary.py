@@ -64,6 +64,12 @@ class Summary:
         self.data["evaluation"][label] = dict(numbers)
         self._write()
 
+    def discard(self, stage: str, label: str | None) -> None:
+        """A stage runs anew: what an earlier run of it noted, the evaluation of its checkpoint included, is gone."""
+        self.data["stages"] = [entry for entry in self.data["stages"] if entry["name"] != stage]
+        self.data["evaluation"].pop(label, None)
+        self._write()
+
     def finish(self, status: Status) -> None:
         """The run has ended."""
         self.data |= {"status": status, "finished": _now()}

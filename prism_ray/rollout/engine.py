@@ -42,7 +42,7 @@ class Engine:
         self._shapes = files.shapes_in(files.checkpoint_files(folder))
         self._ids = itertools.count()
         self._updating = asyncio.Lock()
-        self.version = 0
+        self.version, self._transfers = 0, 0
 
     @classmethod
     async def start(cls, folder: str | Path, settings: RolloutSettings, seed: int, version: int) -> Engine:
@@ -59,7 +59,7 @@ class Engine:
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         """Sample a group. One request, so that the prompt's images are processed and encoded once."""
         request: Any = self._encoder.engine_prompt(prompt)
-        request["cache_salt"] = str(self.version)  # blocks computed under other weights must not match
+        request["cache_salt"] = str(self._transfers)  # blocks computed under other weights must not match
         params = SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature,
@@ -114,6 +114,7 @@ class Engine:
             await self._llm.finish_weight_update()
             if not recompute:
                 await self._llm.reset_encoder_cache()  # the vision tower changed as well
+            self._transfers += 1  # not the version: another stage's policy may have the same
             await self._label(version)
             await self._llm.resume_generation()
             return {"paused_s": time.perf_counter() - began}

@@ -91,7 +91,7 @@ class Buffer:
         flying = "; ".join(f"waiting for {phase}: groups {ids[:8]}" for phase, ids in where.items()) or "none in flight"
         return (
             f"update {version + 1} waited {timeout_s:.0f} s for {self.groups_per_step} judged groups and has "
-            f"{len(self._ready)} ({flying}); look at that room's log, or raise loop.stall_timeout_s"
+            f"{len(self._ready)} ({flying}); look at that room's log, or raise this stage's loop.stall_timeout_s"
         )
 
     @property

@@ -21,7 +21,7 @@ class ClusterError(RuntimeError):
 
 def start(settings: ClusterSettings) -> None:
     """Join the configured cluster, or start a private one on this machine."""
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _address(settings)
     environment = {"env_vars": WORKER_ENV}
     if address:
         ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
@@ -36,26 +36,30 @@ def start(settings: ClusterSettings) -> None:
     )
 
 
-def require(needs: Mapping[str, Mapping[str, float]], timeout_s: float) -> None:
+def _address(settings: ClusterSettings) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def require(needs: Mapping[str, Mapping[str, float]], settings: ClusterSettings) -> None:
     """Check that the cluster has what all actors together need: `{"rollout engines (2 x)": {"CPU": 2, "GPU": 2}, …}`.
 
     Raises ClusterError with one sentence: what is needed, what is there, who asks for most, and what to change. A
-    cluster that is still growing is given `timeout_s`.
+    cluster that was joined may still be growing and is given `pending_timeout_s`.
     """
-    deadline = time.monotonic() + timeout_s
+    growing, deadline = bool(_address(settings)), time.monotonic() + settings.pending_timeout_s
     total = {r: sum(n.get(r, 0.0) for n in needs.values()) for r in ("CPU", "GPU")}
     while True:
         there = ray.cluster_resources()
         missing = [r for r, amount in total.items() if amount > there.get(r, 0.0) + 1e-9]
         if not missing:
             return
-        if time.monotonic() > deadline or not os.environ.get("RAY_ADDRESS"):
+        if not growing or time.monotonic() > deadline:
             break
         time.sleep(1.0)
     resource = missing[0]
     who = ", ".join(f"{name}: {need[resource]:g}" for name, need in needs.items() if need.get(resource))
     raise ClusterError(
         f"the configuration asks for {total[resource]:g} {resource}s ({who}) but the cluster has "
-        f"{there.get(resource, 0.0):g}; lower rollout.engines, learner.ranks or their {resource.lower()}s, "
+        f"{there.get(resource, 0.0):g}; lower the number of engines or ranks or their {resource.lower()}s, "
         "or use a larger cluster"
     )

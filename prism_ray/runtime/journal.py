@@ -83,7 +83,7 @@ def _read_segment(path: Path) -> Iterator[dict[str, Any]]:
     while at + _FRAME.size <= len(data):
         length, checksum = _FRAME.unpack_from(data, at)
         body = data[at + _FRAME.size : at + _FRAME.size + length]
-        if len(body) < length:
+        if len(body) < length or not length:  # a crash of the system may leave zeros
             return
         if zlib.crc32(body) != checksum:
             if at + _FRAME.size + length == len(data):

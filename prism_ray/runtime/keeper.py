@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import ray
 from prism_ray.config.runtime import JournalSettings
 from prism_ray.runtime import journal
 from prism_ray.runtime.protocols import Ticket
+
+log = logging.getLogger(__name__)
 
 
 class JournalKeeper:
@@ -35,14 +38,20 @@ class JournalKeeper:
         if self._segments:
             await self._wait(self._actor.remove_before.remote(min(self._segments.values())), "to remove old segments")
 
-    async def restore(self, consumed: set[int]) -> list[Ticket]:
-        """Tickets of journalled groups that no checkpointed update has consumed."""
-        entries = await self._wait(self._actor.restore.remote(consumed), "to read its segments")
+    async def restore(self, consumed: set[int], version: int) -> list[Ticket]:
+        """Tickets of journalled groups that no checkpointed update has consumed, sampled up to this policy version.
+
+        Later versions are of updates that the crash undid: their numbers will name other weights.
+        """
+        entries = await self._wait(self._actor.restore.remote(consumed, version), "to read its segments")
         self._segments |= {meta["id"]: 0 for meta, _ in entries}  # keeps the old segments until these are consumed
         return [Ticket(ref=ref, **meta) for meta, ref in entries]
 
     async def close(self) -> None:
-        await self._wait(self._actor.close.remote(), "to close")
+        try:
+            await self._wait(self._actor.close.remote(), "to close")
+        except Exception as error:  # every entry was flushed when it was appended
+            log.warning("%s", error)
         ray.kill(self._actor)
 
     async def _wait(self, reference: Any, what: str) -> Any:
@@ -63,8 +72,9 @@ class _Keeper:
     def remove_before(self, number: int) -> None:
         self._journal.remove_before(number)
 
-    def restore(self, consumed: set[int]) -> list[tuple[dict[str, Any], Any]]:
+    def restore(self, consumed: set[int], version: int) -> list[tuple[dict[str, Any], Any]]:
         entries = (e for e in journal.read(self._folder) if e["ticket"]["id"] not in consumed)
+        entries = (e for e in entries if e["group"].newest_version <= version)
         return [(entry["ticket"], ray.put(entry["group"])) for entry in entries]
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ OnStep = Callable[[LoopState, dict[str, float]], Awaitable[None]]
 
 class Loop:
     """One stage's loop. `on_step` is awaited after every update, before the next batch is taken: it logs,
-    checkpoints, and may raise `Stopped`."""
+    checkpoints, and may raise to end the loop."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Loop:
                 await self._train(tasks)
                 submitting.cancel()
         except BaseExceptionGroup as group:
-            raise _first(group) from group
+            raise _cause(group) from group
         return self.state
 
     def _may_submit(self) -> bool:
@@ -167,9 +168,19 @@ def _batch_metrics(batch: list[Ticket], version: int) -> dict[str, float]:
     return metrics
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure itself: a person wants its sentence, not a tree of tasks."""
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended the loop, itself: a person wants its sentence, not a tree of tasks.
+
+    A group lists the failures of tasks in their order and then that of the loop's own body, which is the cause where
+    there is one: the tasks then failed while they were being ended.
+    """
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        own = [e for e in error.exceptions if _raised_in_train(e)]
+        error = own[-1] if own else error.exceptions[0]
     return error
+
+
+def _raised_in_train(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is Loop._train.__code__ for frame, _ in frames)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import importlib
 import json
 import logging
@@ -72,10 +71,7 @@ def load_truth(name: str) -> Callable[[str, Prompt], Mapping[str, float]]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"evaluate.truth: {name} cannot be loaded ({error}); name it as module:function") from error
 
-    def truth(text: str, prompt: Prompt) -> Mapping[str, float]:
-        return {k: float(v) for k, v in dataclasses.asdict(found(text, prompt.extra)).items()}
-
-    return truth
+    return found
 
 
 async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]:
@@ -85,14 +81,14 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
         session.requirements(policy, ground_truth=True),
         settings.corpora,
         settings.seed,
-        quarantine=session.quarantine(corpus),
+        quarantine=session.quarantine,
     )
     try:
         count = min(settings.evaluate.prompts, stream.rows)
         taken = [await stream.take() for _ in range(count)]
         return [await ref for _, position, ref in taken if position < stream.rows]
     finally:
-        stream.close()
+        stream.shutdown()
 
 
 def _samples(label: str, groups: Sequence[Group], truth: Callable[..., Mapping[str, float]]) -> list[dict[str, Any]]:

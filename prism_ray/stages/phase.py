@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,6 @@ async def run_phase(session: Session, phase: Phase) -> Outcome:
         await rooms.learner.export(output)
         if phase.on_end is not None:
             await phase.on_end(rooms.judge)
-    shutil.rmtree(session.stage_folder(phase.name) / "state", ignore_errors=True)
     return Outcome(phase.updates, output)
 
 
@@ -80,14 +78,20 @@ class _Rooms:
     def __init__(self, session: Session, phase: Phase):
         self.session, self.phase = session, phase
         self.state_folder = session.stage_folder(phase.name) / "state"
-        self.journal_folder = session.folder.resolve() / "journal" / phase.name
+        self._built: list[Any] = []
+        self.journal_folder = session.journal(phase.name)
 
     async def __aenter__(self) -> _Rooms:
+        try:
+            return await self._build()
+        except BaseException:
+            await self.__aexit__()
+            raise
+
+    async def _build(self) -> _Rooms:
         phase, settings = self.phase, self.session.settings
         found = checkpoint.latest(self.state_folder)
         self.state = found or LoopState()
-        if found is None:
-            shutil.rmtree(self.journal_folder, ignore_errors=True)
         recipe = Recipe(
             phase.settings.advantage,
             phase.settings.objective,
@@ -95,10 +99,11 @@ class _Rooms:
             settings.rollout.temperature,
             settings.learner.micro_batch_tokens,
         )
-        learner = LearnerGroup.create(
-            phase.start, settings.learner, recipe, settings.rollout.max_prompt_tokens, phase.updates
-        )
-        self.learner, self.judge = await asyncio.gather(learner, phase.make_judge())
+        self.judge = await phase.make_judge()
+        self._built.append(self.judge)
+        limit = settings.rollout.max_prompt_tokens
+        self.learner = await LearnerGroup.create(phase.start, settings.learner, recipe, limit, phase.updates)
+        self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)
             await self.learner.load(folder / "learner")
@@ -108,20 +113,24 @@ class _Rooms:
         if found is not None:
             await self.engines.publish(await self.learner.weights(), self.state.version)
         self.keeper = JournalKeeper(self.journal_folder, settings.journal, timeout_s=120.0)
+        self._built.append(self.keeper)
         await self._restore()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.prompts.close()
-        self.learner.shutdown()
-        self.judge.shutdown()
-        await self.keeper.close()
+        for room in reversed(self._built):
+            if isinstance(room, JournalKeeper):
+                await room.close()
+            else:
+                room.shutdown()
 
     async def _restore(self) -> None:
         """Judged groups from the journal that still count, and a stream without what was or will be used."""
         loop, settings = self.phase.settings.loop, self.session.settings
-        found = await self.keeper.restore(set(self.state.groups))
+        found = await self.keeper.restore(set(self.state.groups), self.state.version)
         self.restored = checkpoint.usable(found, self.state.version, loop.groups_per_step, loop.max_staleness)
+        used = {t.id for t in self.restored}
+        await self.keeper.forget([t.id for t in found if t.id not in used])
         self.state.next_id = max([self.state.next_id, *(t.id + 1 for t in found)])
         if self.state.version or found:
             log.info(
@@ -137,8 +146,9 @@ class _Rooms:
             settings.corpora,
             settings.seed,
             position=checkpoint.first_open(done),
-            quarantine=self.session.quarantine(self.phase.name),
+            quarantine=self.session.quarantine,
         )
+        self._built.append(self.prompts)
         self.remaining = checkpoint.Remaining(self.prompts, done)
 
     async def run(self, progress: Progress) -> None:

@@ -59,18 +59,21 @@ def key_of(stage: Stage, keys: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepare(folder: Path, key: str) -> bool:
+def prepare(folder: Path, key: str, journal: Path | None = None) -> bool:
     """Whether the stage's folder holds finished outputs of this key.
 
-    Outputs of another key, finished or not, are removed: they belong to other settings. Unfinished ones of this key
-    stay, for the stage to resume.
+    Outputs of another key, finished or not, are removed, and the stage's `journal` with them: they belong to other
+    settings. So are those whose checkpoint somebody has removed. Unfinished ones of this key stay, for the stage to
+    resume.
     """
     done = _read(folder / _DONE)
-    if done and done["key"] == key:
+    if done and done["key"] == key and (done["checkpoint"] is None or Path(done["checkpoint"]).exists()):
         return True
     started = _read(folder / "key.json")
-    if folder.exists() and (not started or started["key"] != key or done):
-        shutil.rmtree(folder)
+    if not started or started["key"] != key or done:
+        for old in (folder, journal):
+            if old is not None and old.exists():
+                shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "key.json").write_text(json.dumps({"key": key}))
     return False

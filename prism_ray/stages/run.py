@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.learner import LearnerSettings, OptimiserSettings
 from prism_ray.config.load import to_yaml
+from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.run import STAGES, RunSettings
+from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
+from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.models.load import check_policy
@@ -27,7 +33,7 @@ from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
 from prism_ray.stages.session import Interrupted, Session
 from prism_ray.stages.warmup import run_warmup
-from prism_ray.testbed.corpora import write_corpora
+from prism_ray.testbed.corpora import SPLITS, write_corpora
 from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -41,19 +47,31 @@ class InputError(ValueError):
 def stages_of(session: Session) -> dict[str, Stage]:
     """Every stage of a run, each after those it needs."""
     s = session.settings
-    task = {"testbed": s.testbed, "seed": s.seed, "data": s.data, "corpora": s.corpora}
-    policy = {"model": s.model, "base": s.base, "policy": s.policy}
-    sampling = {"rollout": _what_shapes(s.rollout), "learner": s.learner}
-    align = {"discriminator": s.discriminator, "align": s.align, **sampling}
-    rlvr = {"rlvr": s.rlvr, "verify": s.verify, **sampling}
+    base = {"model": s.model, "base": s.base, "policy": s.policy, "seed": s.seed, **_trained_by(s.trainer)}
+    base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
+    sampling = _what_shapes(s.rollout) | {"seed": s.seed, "optimiser": _optimiser(s.learner)}
+    judge = {"discriminator": s.discriminator.model_dump(exclude={"timeout_s", "micro_batch_tokens"})}
+    align = {"align": _phase(s.align), "corpus": _corpus(session, "align"), **judge, **sampling}
+    rlvr = {"rlvr": _phase(s.rlvr), "corpus": _corpus(session, "rlvr"), "verify": s.verify.environment, **sampling}
+    supervised = {"seed": s.seed, **_trained_by(s.trainer)}
     full = s.align.updates + s.rlvr.updates
     evaluated = tuple(name for name in LABELS if name in s.stages) or ("sft",)
     runs: dict[str, tuple[tuple[str, ...], dict[str, Any], Any]] = {
-        "base": ((), task | policy, lambda: _base(session)),
-        "sft": (("base",), {"sft": s.sft}, lambda: _sft(session, "sft", "base", "sft", s.sft)),
+        "base": ((), base, lambda: _base(session)),
+        "sft": (
+            ("base",),
+            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft")},
+            lambda: _sft(session, "sft", "base", "sft", s.sft),
+        ),
         "warmup": (
             ("sft",),
-            {"warmup": s.warmup, "discriminator": s.discriminator, "rollout": _what_shapes(s.rollout)},
+            {
+                "warmup": s.warmup,
+                "corpus": _corpus(session, "align"),
+                "seed": s.seed,
+                **judge,
+                **_what_shapes(s.rollout),
+            },
             lambda: run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"]),
         ),
         "align": (("sft", "warmup"), align, lambda: _align(session)),
@@ -61,7 +79,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
         "rlvr-sft": (("sft",), rlvr | {"updates": full}, lambda: _rlvr(session, "rlvr-sft", "sft", full)),
         "references": (
             ("sft",),
-            {"references": s.references},
+            supervised | {"references": s.references, "corpus": _corpus(session, "align")},
             lambda: _sft(session, "references", "sft", "align", s.references),
         ),
         "rlvr-references": (
@@ -71,7 +89,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
         ),
         "evaluate": (
             evaluated,
-            {"evaluate": s.evaluate, "rollout": _what_shapes(s.rollout)},
+            {"evaluate": s.evaluate, "corpus": _corpus(session, "evaluate"), **_what_shapes(s.rollout)},
             lambda: run_evaluate(session, evaluated),
         ),
     }
@@ -97,10 +115,12 @@ async def run(settings: RunSettings) -> Path:
         status = "interrupted"
         raise
     finally:
-        await session.close()
-        session.metrics.close()
-        summary.finish(status)
-        write_report(folder, settings)
+        try:
+            await session.close()
+        finally:
+            session.metrics.close()
+            summary.finish(status)
+            write_report(folder, settings)
     return folder
 
 
@@ -109,12 +129,13 @@ async def _run_stages(session: Session) -> None:
     for stage in plan(stages_of(session), session.settings.stages):
         keys[stage.name] = key_of(stage, keys)
         folder = session.stage_folder(stage.name)
-        if prepare(folder, keys[stage.name]):
+        if prepare(folder, keys[stage.name], session.journal(stage.name)):
             done = finished(folder) or {}
             log.info("%s is up to date", stage.name)
             summary.stage(stage.name, "completed", done["seconds"], done["updates"], done["checkpoint"])
             continue
         session.check_stop()
+        summary.discard(stage.name, LABELS.get(stage.name))
         log.info("%s begins", stage.name)
         began = time.monotonic()
         try:
@@ -125,6 +146,7 @@ async def _run_stages(session: Session) -> None:
             raise
         seconds = time.monotonic() - began
         finish(folder, keys[stage.name], outcome, seconds)
+        shutil.rmtree(folder / "state", ignore_errors=True)
         summary.stage(stage.name, "completed", seconds, outcome.updates, outcome.checkpoint)
         log.info("%s is done in %.0f s", stage.name, seconds)
 
@@ -142,13 +164,51 @@ def _corpora(session: Session) -> dict[str, list[Path]]:
     own = {name: paths for name, paths in settings.data if paths}
     if set(own) == set(type(settings.data).model_fields) and settings.policy is not None:
         return own
-    made = write_corpora(session.folder.resolve() / "corpora", settings.testbed, settings.seed)
-    return {name: [path] for name, path in made.items()} | own
+    return {name: [path] for name, path in _testbed_corpora(session).items()} | own
 
 
-def _what_shapes(rollout: Any) -> dict[str, Any]:
+def _testbed_corpora(session: Session) -> dict[str, Path]:
+    """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
+    settings, folder = session.settings, session.folder.resolve() / "corpora"
+    stamp = folder / "made.json"
+    wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
+    if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:
+        return {name: Path(path) for name, path in made["files"].items()}
+    files = write_corpora(folder, settings.testbed, settings.seed)
+    stamp.write_text(json.dumps({"settings": wanted, "files": {name: str(path) for name, path in files.items()}}))
+    return files
+
+
+def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
     """The rollout settings that change what is sampled, not how fast or where."""
-    return {name: getattr(rollout, name) for name in ("group_size", "temperature", "max_response_tokens")}
+    names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype", "kv_on_update", "seed"}
+    return {"rollout": rollout.model_dump(mode="json", include=names)}
+
+
+def _trained_by(trainer: TrainerSettings) -> dict[str, Any]:
+    names = {"precision", "max_prompt_tokens", "max_response_tokens"}
+    return {"trainer": trainer.model_dump(mode="json", include=names)}
+
+
+def _optimiser(learner: LearnerSettings) -> dict[str, Any]:
+    return learner.model_dump(mode="json", include=set(OptimiserSettings.model_fields) - {"zero_stage"})
+
+
+def _phase(phase: PhaseSettings) -> dict[str, Any]:
+    return phase.model_dump(mode="json", exclude={"loop": {"stall_timeout_s", "checkpoint_every"}})
+
+
+def _corpus(session: Session, name: str) -> Any:
+    """What identifies a corpus: the user's files by path, size and time, or the testbed's settings for that split."""
+    settings = session.settings
+    if own := getattr(settings.data, name, []):
+        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(_files(own))]
+    sizes: set[str] = {*SPLITS} - {name}
+    return {"testbed": settings.testbed.model_dump(mode="json", exclude=sizes), "seed": settings.seed}
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    return [file for p in paths for file in (p.rglob("*.parquet") if p.is_dir() else [p])]
 
 
 async def _base(session: Session) -> Outcome:
@@ -157,7 +217,10 @@ async def _base(session: Session) -> Outcome:
     if settings.policy is not None:
         return Outcome(0, session.checkpoint("base"))
     untrained = session.stage_folder("base") / "untrained"
-    await asyncio.to_thread(build_tiny, untrained, vocabulary(), settings.model, settings.seed)
+    if not untrained.exists():
+        building = untrained.with_suffix(".new")
+        await asyncio.to_thread(build_tiny, building, vocabulary(), settings.model, settings.seed)
+        building.rename(untrained)
     made = session.corpora
     phases = (
         supervised.Phase("pretrain", tuple(made["pretrain"]), settings.base.pretrain, "cells"),
@@ -192,7 +255,7 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
             settings.corpora,
             settings.seed,
             on_metrics,
-            session.quarantine(name),
+            session.quarantine,
         )
     for line in done.quarantined:
         log.warning("%s", line)
@@ -238,6 +301,25 @@ async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcom
     )
 
 
+COLUMNS_OF = {
+    "sft": ("prompt", "teacher_response"),
+    "align": ("prompt", "teacher_response"),
+    "rlvr": ("prompt", "reward_model"),
+    "evaluate": ("prompt", "reward_model"),
+}
+"""What a corpus of the user's own must have, by what it is for."""
+
+
+def _refuse_testbed_judges(settings: RunSettings) -> None:
+    """The testbed's verifier and truth know only its own scenes; on other data every answer would count as wrong."""
+    for corpus, field, value, other in (
+        ("rlvr", "verify.environment", settings.verify.environment, "prism_ray.verify.answer:prism/Answer-v0"),
+        ("evaluate", "evaluate.truth", settings.evaluate.truth, "prism_ray.verify.answer:truth_of"),
+    ):
+        if getattr(settings.data, corpus) and value.startswith("prism_ray.testbed"):
+            raise ValueError(f"{field} is the testbed's, but data.{corpus} is your own; set it to {other} or to yours")
+
+
 def check_inputs(settings: RunSettings) -> None:
     """Look at the files the configuration names, before anything starts; raises InputError with a sentence."""
     try:
@@ -245,25 +327,22 @@ def check_inputs(settings: RunSettings) -> None:
             check_policy(settings.policy)
         load_truth(settings.evaluate.truth)
         make_environment(settings.verify.environment).close()
-        for _, paths in settings.data:
+        for name, paths in settings.data:
             if paths:
-                find_fragments(paths)
+                find_fragments(paths, COLUMNS_OF[name])
+        _refuse_testbed_judges(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
 
 
 def start_cluster(settings: RunSettings) -> None:
-    """Join or start Ray, and refuse a configuration that it cannot hold."""
+    """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
-    rollout, learner = settings.rollout, settings.learner
-    cluster.require(
-        {
-            f"rollout engines ({rollout.engines})": {
-                "CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine,
-            },
-            f"learner ranks ({learner.ranks})": {
-                "CPU": learner.ranks * learner.cpus_per_rank, "GPU": learner.ranks * learner.gpus_per_rank,
-            },
-        },
-        settings.cluster.pending_timeout_s,
-    )  # fmt: skip
+    rollout, learner, trainer = settings.rollout, settings.learner, settings.trainer
+    engines = {"CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine}
+    ranks = {"CPU": learner.ranks * learner.cpus_per_rank, "GPU": learner.ranks * learner.gpus_per_rank}
+    supervised = {"CPU": trainer.ranks * trainer.cpus_per_rank, "GPU": trainer.ranks * trainer.gpus_per_rank}
+    engines_label = f"rollout.engines = {rollout.engines}"
+    # The engines stay for the whole run; supervised ranks and learner ranks come one after the other.
+    cluster.require({engines_label: engines, f"learner.ranks = {learner.ranks}": ranks}, settings.cluster)
+    cluster.require({engines_label: engines, f"trainer.ranks = {trainer.ranks}": supervised}, settings.cluster)

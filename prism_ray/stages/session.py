@@ -23,13 +23,13 @@ class Session:
 
     def __init__(self, settings: RunSettings, metrics: MetricsLog, summary: Summary):
         self.settings, self.metrics, self.summary = settings, metrics, summary
-        self.folder = settings.runs / settings.name
+        self.folder = (settings.runs / settings.name).resolve()
         self.corpora: dict[str, list[Path]] = {}
         self.stop = asyncio.Event()
         self._pool: RolloutPool | None = None
 
     def stage_folder(self, stage: str) -> Path:
-        return (self.folder / stage).resolve()
+        return self.folder / stage
 
     def checkpoint(self, stage: str) -> Path:
         """The Hugging Face folder a stage wrote; `base` is the user's own policy where one is configured."""
@@ -41,7 +41,8 @@ class Session:
         """The run's engines, holding this policy; started on first use, afterwards only given new weights (starting
         vLLM takes longer than most of the testbed's stages)."""
         if self._pool is None:
-            self._pool = await RolloutPool.create(policy, self.settings.rollout, version)
+            seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
+            self._pool = await RolloutPool.create(policy, seeded, version)
         else:
             await self._pool.load(policy, version)
         return self._pool
@@ -58,12 +59,22 @@ class Session:
         count = TokenCounter(policy, limit)
         pixels = self.settings.corpora.max_image_pixels
         return Requirements(
-            reference, ground_truth, max_image_pixels=pixels, count_tokens=count, max_prompt_tokens=limit
+            reference,
+            ground_truth,
+            max_image_pixels=pixels,
+            max_images=self.settings.rollout.max_images,
+            count_tokens=count,
+            max_prompt_tokens=limit,
         )
 
-    def quarantine(self, stage: str) -> Path:
-        """Where a stage's unusable rows are kept."""
-        return self.folder / f"{stage}.quarantine.parquet"
+    @property
+    def quarantine(self) -> Path:
+        """Where unusable rows are kept, those of all stages."""
+        return self.folder / "quarantine.parquet"
+
+    def journal(self, stage: str) -> Path:
+        """Where a stage's judged trajectories are kept."""
+        return self.folder / "journal" / stage
 
     def check_stop(self) -> None:
         if self.stop.is_set():

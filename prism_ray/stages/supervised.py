@@ -94,6 +94,8 @@ def train_supervised(
         if quarantine is not None:
             for one in bad:
                 one.write(quarantine)
+    if not (out_folder / "config.json").exists():
+        raise CorpusError(f"{name}: the ranks ended without a checkpoint; too many rows are unusable, see {quarantine}")
     shutil.rmtree(state_folder / run_name, ignore_errors=True)
     lines = tuple(one.summary() for one in bad if len(one))
     return Supervised(sum(course.steps for course in courses), time.monotonic() - started, lines)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from prism_ray.corpora.reader import CorpusError
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.discriminator.model import build_discriminator, save_new
 from prism_ray.discriminator.pool import DiscriminatorPool
@@ -44,13 +48,18 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
         session.requirements(policy, reference=True),
         settings.corpora,
         settings.seed,
-        quarantine=session.quarantine(name),
+        quarantine=session.quarantine,
     )
     try:
+        if stream.rows <= settings.warmup.held_out_prompts:
+            raise CorpusError(
+                f"warmup.held_out_prompts is {settings.warmup.held_out_prompts} but the corpus has only {stream.rows} "
+                "prompts; lower it, so that some are left to train on"
+            )
         steps = await _train(session, name, engines, judge, stream)
         await judge.export(session.checkpoint(name))
     finally:
-        stream.close()
+        stream.shutdown()
         judge.shutdown()
     return Outcome(steps, session.checkpoint(name))
 
@@ -65,7 +74,7 @@ async def _train(
     accuracy: dict[str, float] = {}
     coming = asyncio.create_task(_sample(engines, stream, settings.prompts_per_step, settings.rollouts, reserved))
     step = 0
-    with Progress(name, settings.max_steps) as progress:
+    with Progress(name, settings.max_steps) as progress, _cancelled_at_the_end(lambda: coming):
         while step < settings.max_steps:
             session.check_stop()
             batch = await coming
@@ -82,7 +91,6 @@ async def _train(
             progress.update(step, **metrics)
             if step >= settings.min_steps and _weakest(accuracy) >= settings.target_accuracy:
                 break
-        coming.cancel()
     if _weakest(accuracy) < settings.target_accuracy:
         raise WeakDiscriminator(
             f"after {step} warm-up steps the held-out pair accuracy is "
@@ -91,6 +99,14 @@ async def _train(
             "references, or lower the target knowingly"
         )
     return step
+
+
+@contextmanager
+def _cancelled_at_the_end(task: Callable[[], asyncio.Task[Any]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        task().cancel()
 
 
 async def _sample(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from prism_ray.records import Prompt
 from prism_ray.response import parse
 from prism_ray.testbed.questions import CELL, Question, answer, apply, question_from
 from prism_ray.testbed.scene import Cells
@@ -49,6 +50,11 @@ def truth_of(text: str, extra: dict[str, Any]) -> Truth:
         reasoning_given_caption=_follows(think, stated, named, question),
         answer=stated == answer(question, cells).split(),
     )
+
+
+def truth_of_prompt(text: str, prompt: Prompt) -> dict[str, float]:
+    """`truth_of` as the evaluation wants it: numbers by name."""
+    return {name: float(value) for name, value in asdict(truth_of(text, prompt.extra)).items()}
 
 
 def read_cells(words: Sequence[str]) -> dict[int, tuple[str, int]]:

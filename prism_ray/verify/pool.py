@@ -123,7 +123,7 @@ class VerifierPool:
         self._all.clear()
 
     async def _judge(self, verifier: Any, ticket: Ticket) -> Ticket:
-        await verifier.ready.remote()
+        await self._up(verifier)
         ref, stats_ref = verifier.judge.options(num_returns=2).remote(ticket.ref)
         stats = await asyncio.wait_for(asyncio.wrap_future(stats_ref.future()), self._settings.timeout_s)
         self._idle.put_nowait(verifier)
@@ -131,9 +131,19 @@ class VerifierPool:
 
     async def _refuse(self, verifier: Any, ticket: Ticket, reason: str) -> Ticket:
         ref, stats_ref = verifier.refuse.options(num_returns=2).remote(ticket.ref, reason)
-        stats = await stats_ref
+        await self._up(verifier)
+        stats = await asyncio.wait_for(asyncio.wrap_future(stats_ref.future()), self._settings.start_timeout_s)
         self._idle.put_nowait(verifier)
         return replace(ticket, ref=ref, stats=ticket.stats | stats)
+
+    async def _up(self, verifier: Any) -> None:
+        limit = self._settings.start_timeout_s
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(verifier.ready.remote().future()), limit)
+        except TimeoutError:
+            raise RuntimeError(
+                f"waited {limit:g} s for a verifier process; has the cluster verify.worker_cpus?"
+            ) from None
 
     def _start(self) -> Any:
         actor: Any = ray.remote(_Verifier).options(num_cpus=self._settings.worker_cpus)

@@ -31,10 +31,10 @@ def test_stream_is_endless_ordered_and_resumes_at_the_remaining_rows(cluster, tm
         stream = PromptStream([path], NEEDS, SETTINGS, seed=3)
         first = await take(stream, 23)
         assert stream.position == 23
-        stream.close()
+        stream.shutdown()
         resumed = PromptStream([path], NEEDS, SETTINGS, seed=3, position=stream.position)
         rest = await take(resumed, 22)
-        resumed.close()
+        resumed.shutdown()
         return first + rest
 
     taken = asyncio.run(run())
@@ -54,7 +54,7 @@ def test_bad_rows_are_skipped_and_quarantined_and_a_killed_reader_goes_on(cluste
         taken = await take(stream, 10)
         ray.kill(stream._reader, no_restart=False)
         taken += await take(stream, 26)
-        stream.close()
+        stream.shutdown()
         return taken
 
     taken = asyncio.run(run())
@@ -70,7 +70,7 @@ def test_too_many_bad_rows_stop_the_run_with_a_sentence(cluster, tmp_path, make)
     stream = PromptStream([path], NEEDS, SETTINGS, 0, quarantine=tmp_path / "q.parquet")
     with pytest.raises(CorpusError, match=r"more than 20.0% of its 20 rows .*images: does not decode: 5"):
         asyncio.run(take(stream, 1))
-    stream.close()
+    stream.shutdown()
     assert len(pq.read_table(tmp_path / "q.parquet")) == 5
 
 
@@ -82,7 +82,7 @@ def test_damaged_file_stops_the_run_with_a_sentence(cluster, tmp_path, make):
     stream = PromptStream([path], NEEDS, SETTINGS, 0)
     with pytest.raises(CorpusError, match="^[^ ]*a.parquet: row group 0 is damaged"):
         asyncio.run(take(stream, 1))
-    stream.close()
+    stream.shutdown()
 
 
 def test_missing_file_fails_before_anything_starts(tmp_path):

@@ -129,7 +129,7 @@ async def distributed(folder: Path, groups: list[Group], judge, advantage: Advan
         rows.append(metrics)
 
     recipe = Recipe(advantage, ObjectiveSettings(dual_clip=None), CorrectionSettings(kind="tis_token"), 1.0, 256)
-    settings = LearnerSettings(optimiser=OPTIMISER, cpus_per_rank=0.5)
+    settings = LearnerSettings(lr=OPTIMISER.lr, cpus_per_rank=0.5)
     learner = await LearnerGroup.create(folder / "policy", settings, recipe, 99)
     recorded = Recorded(groups)
     loop = Loop(

@@ -120,7 +120,8 @@ def check_each_prompt_trained_once(run: Path) -> None:
         ("align.updates=0", 2, "align.updates"),
         ("data.align=[nowhere.parquet]", 2, "nowhere.parquet"),
         ("policy=nowhere", 2, "nowhere"),
-        ("rollout.cpus_per_engine=64", 1, "64"),
+        ("rollout.cpus_per_engine=64", 2, "64"),
+        ("trainer.gpus_per_rank=1", 2, "GPU"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, override, code, sentence):
@@ -134,5 +135,5 @@ def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, override, code
 def test_help_names_every_setting_with_its_reason():
     done = subprocess.run([sys.executable, str(ROOT / "jobs" / "align.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for name in ("learner.optimiser.lr", "align.loop.max_staleness", "discriminator.experts", "rollout.engines"):
+    for name in ("learner.lr", "align.loop.max_staleness", "discriminator.experts", "rollout.engines"):
         assert name in done.stdout

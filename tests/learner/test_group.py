@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 
-from prism_ray.config.learner import LearnerSettings, OptimiserSettings
+from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings
 from prism_ray.learner.group import LearnerGroup, split_by_tokens
 from prism_ray.learner.step import Recipe
@@ -40,9 +40,7 @@ def test_a_group_of_ranks_updates_saves_loads_and_exports(cluster, policy_folder
 
 
 async def life(policy_folder, make_group, tmp_path):
-    settings = LearnerSettings(
-        ranks=2, cpus_per_rank=0.5, timeout_s=120, optimiser=OptimiserSettings(lr=1e-3, zero_stage=1)
-    )
+    settings = LearnerSettings(ranks=2, cpus_per_rank=0.5, timeout_s=120, lr=1e-3, zero_stage=1)
     learner = await LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100, total_steps=3)
     groups = [make_group(i, version=2) for i in range(3)]
     tickets = [ticket(g.id, sum(len(r.token_ids) for r in g.rollouts), ray.put(g)) for g in groups]

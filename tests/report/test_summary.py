@@ -72,3 +72,15 @@ def test_a_summary_that_is_none_is_named(tmp_path):
     (tmp_path / "summary.json").write_text("[1]")
     with pytest.raises(ValueError, match="summary.json is not a JSON object; remove it"):
         Summary(tmp_path, "tiny")
+
+
+def test_a_stage_that_runs_anew_takes_its_old_results_away(tmp_path):
+    summary = Summary(tmp_path, "r")
+    for name in ("sft", "align"):
+        summary.stage(name, "completed", 1.0, 1, None)
+        summary.evaluation(name, {"n": 1})
+    summary.discard("align", "align")
+    summary.discard("warmup", None)
+    data = read_summary(tmp_path)
+    assert [stage["name"] for stage in data["stages"]] == ["sft"]
+    assert list(data["evaluation"]) == ["sft"]
