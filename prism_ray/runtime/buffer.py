@@ -74,14 +74,14 @@ class Buffer:
 
         Raises StallError after `timeout_s` without a complete batch.
         """
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while not self.ready_for(version):
-            self._changed.clear()
-            try:
-                remaining = deadline - asyncio.get_running_loop().time()
-                await asyncio.wait_for(self._changed.wait(), max(remaining, 0.0))
-            except TimeoutError:
-                raise StallError(self._describe_stall(version, timeout_s)) from None
+        try:
+            # Not asyncio.wait_for, which can swallow the cancellation by which a failed task ends the loop.
+            async with asyncio.timeout(timeout_s):
+                while not self.ready_for(version):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise StallError(self._describe_stall(version, timeout_s)) from None
         return [self._ready.pop(i)[1] for i in self._oldest()]
 
     def _describe_stall(self, version: int, timeout_s: float) -> str:
