@@ -23,6 +23,8 @@ class JournalKeeper:
         self._folder, self._timeout_s = folder, timeout_s
         self._actor: Any = ray.remote(_Keeper).options(num_cpus=0).remote(folder, settings)
         self._segments: dict[int, int] = {}
+        self.last_id = -1
+        """The highest group id in the journal when it was read; ids must not come twice."""
 
     async def append(self, ticket: Ticket) -> None:
         """Write the ticket's group; returns once the operating system has it."""
@@ -43,7 +45,8 @@ class JournalKeeper:
 
         Later versions are of updates that the crash undid: their numbers will name other weights.
         """
-        entries = await self._wait(self._actor.restore.remote(consumed, version), "to read its segments")
+        reading = self._actor.restore.remote(consumed, version)
+        entries, self.last_id = await self._wait(reading, "to read its segments")
         self._segments |= {meta["id"]: 0 for meta, _ in entries}  # keeps the old segments until these are consumed
         return [Ticket(ref=ref, **meta) for meta, ref in entries]
 
@@ -72,10 +75,13 @@ class _Keeper:
     def remove_before(self, number: int) -> None:
         self._journal.remove_before(number)
 
-    def restore(self, consumed: set[int], version: int) -> list[tuple[dict[str, Any], Any]]:
-        entries = (e for e in journal.read(self._folder) if e["ticket"]["id"] not in consumed)
-        entries = (e for e in entries if e["group"].newest_version <= version)
-        return [(entry["ticket"], ray.put(entry["group"])) for entry in entries]
+    def restore(self, consumed: set[int], version: int) -> tuple[list[tuple[dict[str, Any], Any]], int]:
+        kept, last_id = [], -1
+        for entry in journal.read(self._folder):
+            last_id = max(last_id, entry["ticket"]["id"])
+            if entry["ticket"]["id"] not in consumed and entry["group"].newest_version <= version:
+                kept.append((entry["ticket"], ray.put(entry["group"])))
+        return kept, last_id
 
     def close(self) -> None:
         self._journal.close()

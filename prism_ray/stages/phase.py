@@ -131,7 +131,7 @@ class _Rooms:
         self.restored = checkpoint.usable(found, self.state.version, loop.groups_per_step, loop.max_staleness)
         used = {t.id for t in self.restored}
         await self.keeper.forget([t.id for t in found if t.id not in used])
-        self.state.next_id = max([self.state.next_id, *(t.id + 1 for t in found)])
+        self.state.next_id = max(self.state.next_id, self.keeper.last_id + 1)
         if self.state.version or found:
             log.info(
                 "%s goes on at update %d; %d of %d judged groups in the journal are used",

@@ -29,6 +29,7 @@ def test_judged_groups_survive_the_process_until_they_are_consumed(cluster, tmp_
     async def second():
         keeper = JournalKeeper(tmp_path, SMALL, 60.0)
         assert await keeper.restore({0, 1}, 1) == [], "version 2 was undone by the crash"
+        assert keeper.last_id == 3, "ids of groups that are not used must not come again either"
         restored = await keeper.restore({0, 1}, 2)
         groups = [await t.ref for t in restored]
         await keeper.append(ticket(4))
