@@ -1,12 +1,9 @@
-"""95 % intervals, for shares, means and differences of shares; pure."""
+"""95 % intervals, for shares and their differences; pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
@@ -32,19 +29,6 @@ def wilson(successes: float, n: float) -> Interval:
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
     return Interval(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> Interval:
-    """Mean of independent values with the percentile bootstrap's interval; for few or skewed values.
-
-    Values of one prompt are not independent: give the prompts' own means. ValueError without values.
-    """
-    if not len(values):
-        raise ValueError("a mean needs at least one value")
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
-    return Interval(float(array.mean()), float(low), float(high))
 
 
 def difference(a: Interval, b: Interval) -> Interval:

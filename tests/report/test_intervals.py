@@ -1,11 +1,10 @@
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism_ray.report.intervals import Interval, bootstrap, difference, wilson
+from prism_ray.report.intervals import difference, wilson
 
 
 def test_wilson_equals_published_values():
@@ -31,20 +30,3 @@ def test_wilson_contains_its_share_and_stays_within_0_and_1(n, share):
 def test_wilson_refuses_what_is_no_share(successes, n):
     with pytest.raises(ValueError, match="successes"):
         wilson(successes, n)
-
-
-def test_the_bootstrap_covers_the_true_mean_about_95_times_in_100():
-    rng = np.random.default_rng(0)
-    intervals = [bootstrap(list(rng.normal(2.0, 1.0, size=60))) for _ in range(300)]
-    assert 0.90 <= np.mean([i.low <= 2.0 <= i.high for i in intervals]) <= 0.98
-
-
-def test_one_value_has_no_width_and_none_is_refused():
-    assert bootstrap([3.0]) == Interval(3.0, 3.0, 3.0)
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap([])
-
-
-def test_the_bootstrap_is_deterministic_in_its_seed():
-    values = list(np.random.default_rng(0).normal(size=50))
-    assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
