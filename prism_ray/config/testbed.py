@@ -35,7 +35,7 @@ class TestbedSettings(Settings):
     """Factor on pixel noise, colour jitter and position jitter of the clean text corpora the base model learns from."""
     hardness: float = Field(default=1.3, gt=0)
     """The same for everything else. Hard enough that perception is not free of errors; the vision pre-training uses it
-    too, because features learned at 1.0 serve badly here (greedy captions right .29, against .70, measured)."""
+    too, since features learned at 1.0 served badly here (greedy captions right .29)."""
     teacher_styles: int = Field(default=1, ge=1, le=3)
     """How many ways of writing (order, wording) the teacher mixes; 1 is the measured setting."""
     noise: NoiseSettings = NoiseSettings()

@@ -28,7 +28,7 @@ STAGES = {
 LABELS = ("base", "sft", "sft+grpo", "prism", "prism+grpo", "sft+references+grpo")
 """The order of the evaluation's rows; other labels follow."""
 
-_COLUMNS = (
+COLUMNS = (
     ("format", "format"),
     ("caption_exact", "caption exact"),
     ("cell_accuracy", "cell accuracy"),
@@ -134,7 +134,7 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         "n",
         "accuracy (T = 1)",
         "accuracy (greedy)",
-        *(title for _, title in _COLUMNS),
+        *(title for _, title in COLUMNS),
         "mean tokens",
     ]
     unseen = any("accuracy_unseen" in numbers for numbers in evaluation.values())
@@ -143,7 +143,7 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
     for label in labels:
         numbers = evaluation[label]
         sampled, greedy = _interval(numbers, "accuracy"), _interval(numbers, "accuracy_greedy")
-        shares = [_fixed(numbers.get(name)) for name, _ in _COLUMNS]
+        shares = [_fixed(numbers.get(name)) for name, _ in COLUMNS]
         cells = [_with_interval(sampled), _with_interval(greedy), *shares, _fixed(numbers.get("mean_tokens"), 1)]
         cells += [_with_interval(_interval(numbers, "accuracy_unseen"))] if unseen else []
         body.append([escape(label), escape(str(numbers.get("n", "–"))), *cells])

@@ -8,23 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_SHARES = (
-    ("format", "format"),
-    ("caption_exact", "caption exact"),
-    ("cell_accuracy", "cells"),
-    ("reasoning_given_caption", "reasoning | caption"),
-)
+from prism_ray.report.sections import COLUMNS
 
 
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each evaluated checkpoint, in the order they were evaluated."""
     table = Table(title="held-out prompts; shares with 95 % intervals", title_justify="left")
     table.add_column("checkpoint")
-    names = ("accuracy (T = 1)", "accuracy (greedy)", *(title for _, title in _SHARES), "tokens")
+    names = ("accuracy (T = 1)", "accuracy (greedy)", *(title for _, title in COLUMNS), "tokens")
     for name in names:
         table.add_column(name, justify="right")
     for label, numbers in evaluation.items():
-        shares = [f"{numbers[name]:.3f}" if name in numbers else "–" for name, _ in _SHARES]
+        shares = [f"{numbers[name]:.3f}" if name in numbers else "–" for name, _ in COLUMNS]
         both = [_interval(numbers["accuracy"]), _interval(numbers["accuracy_greedy"])]
         table.add_row(label, *both, *shares, f"{numbers['mean_tokens']:.1f}")
     return table

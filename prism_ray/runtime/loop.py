@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -80,13 +79,18 @@ class Loop:
             self.buffer.start(ticket.id, ticket.oldest_version)
             self.buffer.add(ticket)
         self._gate.set()
+        own: Exception | None = None  # the cause where there is one: the tasks then fail while they are being ended
         try:
             async with asyncio.TaskGroup() as tasks:
                 submitting = tasks.create_task(self._submit(tasks))
-                await self._train(tasks)
+                try:
+                    await self._train(tasks)
+                except Exception as error:
+                    own = error
+                    raise
                 submitting.cancel()
         except BaseExceptionGroup as group:
-            raise _cause(group) from group
+            raise own or _first(group) from group
         return self.state
 
     def _may_submit(self) -> bool:
@@ -168,19 +172,9 @@ def _batch_metrics(batch: list[Ticket], version: int) -> dict[str, float]:
     return metrics
 
 
-def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure that ended the loop, itself: a person wants its sentence, not a tree of tasks.
-
-    A group lists the failures of tasks in their order and then that of the loop's own body, which is the cause where
-    there is one: the tasks then failed while they were being ended.
-    """
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure itself: a person wants its sentence, not a tree of tasks."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
-        own = [e for e in error.exceptions if _raised_in_train(e)]
-        error = own[-1] if own else error.exceptions[0]
+        error = error.exceptions[0]
     return error
-
-
-def _raised_in_train(error: BaseException) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code is Loop._train.__code__ for frame, _ in frames)

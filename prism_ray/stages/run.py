@@ -28,7 +28,7 @@ from prism_ray.report.progress import Progress
 from prism_ray.report.summary import Summary
 from prism_ray.runtime import cluster
 from prism_ray.stages import supervised
-from prism_ray.stages.evaluate import LABELS, load_truth, run_evaluate
+from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
 from prism_ray.stages.session import Interrupted, Session
@@ -89,7 +89,12 @@ def stages_of(session: Session) -> dict[str, Stage]:
         ),
         "evaluate": (
             evaluated,
-            {"evaluate": s.evaluate, "corpus": _corpus(session, "evaluate"), **_what_shapes(s.rollout)},
+            {
+                "evaluate": s.evaluate,
+                "corpora": [_corpus(session, name) for name in ("evaluate", UNSEEN)],
+                "seed": s.seed,
+                **_what_shapes(s.rollout),
+            },
             lambda: run_evaluate(session, evaluated),
         ),
     }
@@ -169,11 +174,12 @@ def _corpora(session: Session) -> dict[str, list[Path]]:
 
 def _testbed_corpora(session: Session) -> dict[str, Path]:
     """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
-    settings, folder = session.settings, session.folder.resolve() / "corpora"
+    settings, folder = session.settings, session.folder / "corpora"
     stamp = folder / "made.json"
     wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
     if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:
         return {name: Path(path) for name, path in made["files"].items()}
+    stamp.unlink(missing_ok=True)
     files = write_corpora(folder, settings.testbed, settings.seed)
     stamp.write_text(json.dumps({"settings": wanted, "files": {name: str(path) for name, path in files.items()}}))
     return files
