@@ -131,3 +131,21 @@ def test_restored_groups_train_before_new_ones_and_none_twice():
     assert Counter(world.trained) == Counter(range(9))
     assert sorted(world.trained[:3]) == [0, 1, 2]
     assert sorted(state.consumed) == list(range(9))
+
+
+def test_a_stop_is_reported_even_where_a_group_fails_while_it_is_being_ended():
+    class Stopped(Exception):
+        pass
+
+    class Fragile(SimulatedWorld):
+        async def generate(self, ticket: Ticket) -> Ticket:
+            try:
+                return await super().generate(ticket)
+            except asyncio.CancelledError:
+                raise RuntimeError("the engine minded being interrupted") from None
+
+    def stop(state: LoopState) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(Fragile(delay=0.05), 1, on=stop)
