@@ -140,6 +140,9 @@ def test_a_stop_is_reported_even_where_a_group_fails_while_it_is_being_ended():
     class Fragile(SimulatedWorld):
         async def generate(self, ticket: Ticket) -> Ticket:
             try:
+                await asyncio.sleep(
+                    10.0 if ticket.id >= 4 else 0.0
+                )  # the second batch is under way when the first ends
                 return await super().generate(ticket)
             except asyncio.CancelledError:
                 raise RuntimeError("the engine minded being interrupted") from None
@@ -148,4 +151,4 @@ def test_a_stop_is_reported_even_where_a_group_fails_while_it_is_being_ended():
         raise Stopped
 
     with pytest.raises(Stopped):
-        run(Fragile(delay=0.05), 1, on=stop)
+        run(Fragile(), 1, on=stop)
