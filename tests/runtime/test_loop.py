@@ -140,9 +140,7 @@ def test_a_stop_is_reported_even_where_a_group_fails_while_it_is_being_ended():
     class Fragile(SimulatedWorld):
         async def generate(self, ticket: Ticket) -> Ticket:
             try:
-                await asyncio.sleep(
-                    10.0 if ticket.id >= 4 else 0.0
-                )  # the second batch is under way
+                await asyncio.sleep(10.0 if ticket.id >= 4 else 0.0)  # the second batch is under way
                 return await super().generate(ticket)
             except asyncio.CancelledError:
                 raise RuntimeError("the engine minded being interrupted") from None
