@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prism_ray.config.discriminator import SCORING_FIELDS, DiscriminatorSettings
-from prism_ray.discriminator.objective import clip_head
+from prism_ray.discriminator.objective import clip_head, debiased
 from prism_ray.discriminator.segments import VIEW_NAMES, JudgedBatch
 from prism_ray.models.forward import final_hidden
 from prism_ray.models.load import load_policy, save_policy
-from prism_ray.models.logprobs import CHUNK_ELEMENTS
+from prism_ray.models.logprobs import token_logprobs
 from prism_ray.models.upcycle import upcycle
 from prism_ray.response import VIEWS
 
@@ -69,6 +67,7 @@ class Discriminator(nn.Module):
         if self.settings.likelihood_weight:
             likelihood_B = _likelihood(self.backbone, hidden_BTD, judged)
         score_B = self.settings.head_weight * head_B + self.settings.likelihood_weight * likelihood_B
+        score_B = debiased(score_B, judged.scored_BR.sum(1), self.settings.length_debias)
         return Scores(score_B, head_B, likelihood_B)
 
 
@@ -77,17 +76,8 @@ def _likelihood(backbone: Any, hidden_BTD: Tensor, judged: JudgedBatch) -> Tenso
     row_N, step_N = judged.scored_BR.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, judged.batch.prompt_lengths_B[row_N] - 1 + step_N]
     target_N = judged.batch.response_ids_BR[row_N, step_N]
-    chunk = max(1, CHUNK_ELEMENTS // backbone.config.get_text_config().vocab_size)
-    if len(hidden_ND) <= chunk:
-        logp_N = _token_logp(backbone.lm_head, hidden_ND, target_N)
-    else:
-        pairs = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
-        logp_N = torch.cat([checkpoint(_token_logp, backbone.lm_head, h, t, use_reentrant=False) for h, t in pairs])
+    logp_N, _ = token_logprobs(backbone.lm_head, hidden_ND, target_N)
     return logp_N.new_zeros(len(judged.view_B)).index_add(0, row_N, logp_N)
-
-
-def _token_logp(lm_head: Any, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-    return -F.cross_entropy(lm_head(hidden_ND).float(), target_N, reduction="none")
 
 
 def build_discriminator(folder: str | Path, settings: DiscriminatorSettings, seed: int) -> Discriminator:

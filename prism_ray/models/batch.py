@@ -1,6 +1,7 @@
-"""Samples side by side: right-padded batches in which the images of a shared prompt are held once.
+"""Samples side by side, padded on the right, or packed one after another; images of a shared prompt are held once.
 
-Right padding with a causal mask needs no attention mask: no real token can see a padded one.
+Right padding with a causal mask needs no attention mask: no real token can see a padded one. A packed row has no
+padding at all; `Batch.segments` tells attention where samples end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prism_ray.models.attention import Segments
 from prism_ray.models.encode import EncodedPrompt
+from prism_ray.models.packing import pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +33,19 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples padded on the right to T tokens, their responses to R.
+    """B samples and their responses, the latter always padded to R tokens.
 
-    `input_ids_BT`, `position_ids_3BT`, `lengths_B`, `prompt_lengths_B`; `response_ids_BR` with `response_mask_BR`
-    (bool); `pixel_values` and `grid_thw` of the distinct prompts' images; visual token v sits at flat position
-    `visual_positions_V[v]` of [B·T] (ascending) and takes row `visual_sources_V[v]` of the merged image features.
-    `indices` says which of the samples given each row is.
+    `input_ids_BT` and `position_ids_3BT` (time, height, width) hold the samples as rows padded to T tokens; in a packed
+    batch as a single row [1, S] without padding, and `segments` says how it is made up. Sample b has `lengths_B[b]`
+    tokens from flat position `starts_B[b]` of [B·T] or [S], the first `prompt_lengths_B[b]` of them its prompt;
+    `response_ids_BR` with `response_mask_BR` (bool). `pixel_values` and `grid_thw` are those of the distinct prompts'
+    images; visual token v sits at flat position `visual_positions_V[v]` (ascending) and takes row
+    `visual_sources_V[v]` of the merged image features. `indices` says which of the samples given each one is.
     """
 
     input_ids_BT: Tensor
     position_ids_3BT: Tensor
+    starts_B: Tensor
     lengths_B: Tensor
     prompt_lengths_B: Tensor
     response_ids_BR: Tensor
@@ -49,52 +55,61 @@ class Batch:
     visual_positions_V: Tensor
     visual_sources_V: Tensor
     indices: list[int]
+    segments: Segments | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "indices"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors, segments=self.segments and self.segments.to(device))
 
     @property
-    def padded_tokens(self) -> int:
+    def computed_tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
         return self.input_ids_BT.numel()
 
     @property
     def real_mask_BT(self) -> Tensor:
-        """True where a token is not padding."""
+        """True where a token is not padding; [1, S] in a packed batch."""
+        if self.segments is not None:
+            return torch.ones_like(self.input_ids_BT, dtype=torch.bool)
         return torch.arange(self.input_ids_BT.shape[1], device=self.lengths_B.device) < self.lengths_B[:, None]
 
 
 def collate(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
-    """One batch of these samples, in this order; `indices` default to 0, 1, …
+    """One padded batch of these samples, in this order; `indices` default to 0, 1, …
 
     Padding uses token 0 at position 0: it is never seen, never scored, and never an image placeholder because only
     prompts' own visual tokens are filled in.
     """
-    if not samples:
-        raise ValueError("cannot collate an empty list of samples; skip empty batches")
-    prompt_lengths = [len(s.prompt.token_ids) for s in samples]
-    lengths_B = torch.tensor([s.length for s in samples])
-    prompt_lengths_B = torch.tensor(prompt_lengths)
-    response_lengths_B = lengths_B - prompt_lengths_B
-    input_ids_BT = pad_sequence([torch.cat((s.prompt.token_ids, s.response_ids)) for s in samples], batch_first=True)
-    response_ids_BR = pad_sequence([s.response_ids for s in samples], batch_first=True)
-    response_mask_BR = torch.arange(response_ids_BR.shape[1]) < response_lengths_B[:, None]
-    distinct, rows = _distinct_prompts(samples)
-    positions_V, sources_V = _visual_tokens(samples, distinct, rows, input_ids_BT.shape[1])
-    return Batch(
-        input_ids_BT=input_ids_BT,
-        position_ids_3BT=_positions(samples, prompt_lengths_B, input_ids_BT.shape[1]),
-        lengths_B=lengths_B,
-        prompt_lengths_B=prompt_lengths_B,
-        response_ids_BR=response_ids_BR,
-        response_mask_BR=response_mask_BR,
-        pixel_values=torch.cat([p.pixel_values for p in distinct]),
-        grid_thw=torch.cat([p.grid_thw for p in distinct]),
-        visual_positions_V=positions_V,
-        visual_sources_V=sources_V,
-        indices=list(range(len(samples)) if indices is None else indices),
-    )
+    tokens, positions = _rows(samples)
+    input_ids_BT = pad_sequence(tokens, batch_first=True)
+    position_ids_3BT = pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).contiguous()
+    starts_B = torch.arange(len(samples)) * input_ids_BT.shape[1]
+    return _batch(samples, input_ids_BT, position_ids_3BT, starts_B, indices, None)
+
+
+def collate_packed(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
+    """One packed batch of these samples, in this order: a row without padding; `indices` default to 0, 1, …"""
+    tokens, positions = _rows(samples)
+    segments = Segments.of([len(ids) for ids in tokens])
+    starts_B = segments.offsets[:-1].long()
+    return _batch(samples, torch.cat(tokens)[None], torch.cat(positions, dim=1)[:, None], starts_B, indices, segments)
+
+
+def microbatch_count(samples: Sequence[Sample], token_budget: int) -> int:
+    """How many packed micro-batches of at most `token_budget` tokens these samples make."""
+    return len(pack([s.length for s in samples], token_budget))
+
+
+def packed_microbatches(samples: Sequence[Sample], token_budget: int, count: int | None = None) -> list[Batch]:
+    """Packed batches of at most `token_budget` tokens (a longer sample gets its own), as `models.packing.pack` has it.
+
+    `count` asks for exactly so many: ranks whose forward passes must be equally many agree on the maximum of their
+    `microbatch_count`. `Batch.indices` leads back to the input order.
+    """
+    bins = pack([s.length for s in samples], token_budget, count)
+    return [collate_packed([samples[i] for i in members], members) for members in bins]
 
 
 def microbatches(samples: Sequence[Sample], token_budget: int) -> list[Batch]:
@@ -112,15 +127,48 @@ def microbatches(samples: Sequence[Sample], token_budget: int) -> list[Batch]:
     return batches
 
 
-def _positions(samples: Sequence[Sample], prompt_lengths_B: Tensor, width: int) -> Tensor:
-    """[3, B, T]: the prompts' own positions, then each response counting on from its prompt's last."""
-    prompt_BP3 = pad_sequence([s.prompt.position_ids.T for s in samples], batch_first=True)
-    next_B = prompt_BP3.amax(dim=(1, 2)) + 1
-    steps_BT = torch.arange(width) - prompt_lengths_B[:, None]
-    positions_BT = (next_B[:, None] + steps_BT) * (steps_BT >= 0)
-    positions_3BT = positions_BT.repeat(3, 1, 1)
-    positions_3BT[:, :, : prompt_BP3.shape[1]] += prompt_BP3.permute(2, 0, 1)
-    return positions_3BT
+def _rows(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each sample: its tokens [T], and its positions [3, T], those of the response counting on from the prompt."""
+    if not samples:
+        raise ValueError("cannot collate an empty list of samples; skip empty batches")
+    tokens = [torch.cat((s.prompt.token_ids, s.response_ids)) for s in samples]
+    longest = torch.arange(max(len(s.response_ids) for s in samples)).expand(3, -1)
+    positions = [
+        torch.cat((s.prompt.position_ids, longest[:, : len(s.response_ids)] + s.prompt.next_position), dim=1)
+        for s in samples
+    ]
+    return tokens, positions
+
+
+def _batch(
+    samples: Sequence[Sample],
+    input_ids_BT: Tensor,
+    position_ids_3BT: Tensor,
+    starts_B: Tensor,
+    indices: Sequence[int] | None,
+    segments: Segments | None,
+) -> Batch:
+    """What both layouts have in common."""
+    prompt_lengths_B = torch.tensor([len(s.prompt.token_ids) for s in samples])
+    response_lengths_B = torch.tensor([len(s.response_ids) for s in samples])
+    response_ids_BR = pad_sequence([s.response_ids for s in samples], batch_first=True)
+    distinct, rows = _distinct_prompts(samples)
+    positions_V, sources_V = _visual_tokens(distinct, rows, starts_B)
+    return Batch(
+        input_ids_BT=input_ids_BT,
+        position_ids_3BT=position_ids_3BT,
+        starts_B=starts_B,
+        lengths_B=prompt_lengths_B + response_lengths_B,
+        prompt_lengths_B=prompt_lengths_B,
+        response_ids_BR=response_ids_BR,
+        response_mask_BR=torch.arange(response_ids_BR.shape[1]) < response_lengths_B[:, None],
+        pixel_values=torch.cat([p.pixel_values for p in distinct]),
+        grid_thw=torch.cat([p.grid_thw for p in distinct]),
+        visual_positions_V=positions_V,
+        visual_sources_V=sources_V,
+        indices=list(range(len(samples)) if indices is None else indices),
+        segments=segments,
+    )
 
 
 def _distinct_prompts(samples: Sequence[Sample]) -> tuple[list[EncodedPrompt], list[int]]:
@@ -134,14 +182,12 @@ def _distinct_prompts(samples: Sequence[Sample]) -> tuple[list[EncodedPrompt], l
     return distinct, [seen[id(s.prompt)] for s in samples]
 
 
-def _visual_tokens(
-    samples: Sequence[Sample], distinct: list[EncodedPrompt], rows: list[int], width: int
-) -> tuple[Tensor, Tensor]:
-    """Flat positions [V] of the visual tokens in [B·T] and the rows [V] of the merged features that belong there."""
+def _visual_tokens(distinct: list[EncodedPrompt], rows: list[int], starts_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions [V] of the visual tokens and the rows [V] of the merged features that belong there."""
     spots = [p.visual_spots for p in distinct]
     first = [0]
     for spot in spots:
         first.append(first[-1] + len(spot))
-    positions = [spots[row] + b * width for b, row in enumerate(rows)]
+    positions = [spots[row] + start for row, start in zip(rows, starts_B.tolist(), strict=True)]
     sources = [torch.arange(first[row], first[row + 1]) for row in rows]
     return torch.cat(positions), torch.cat(sources)

@@ -11,38 +11,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_ray.models.attention import uses_packed
 from prism_ray.models.batch import Batch
 from prism_ray.models.vision import encode_images
 
 
 def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = None) -> Tensor:
-    """Final hidden states [B, T, D] (after the last norm) of a Qwen3-VL(-MoE) ForConditionalGeneration model.
+    """Final hidden states (after the last norm) of a Qwen3-VL(-MoE) ForConditionalGeneration model.
 
-    For a mixture of experts, each layer's router logits [B·T, experts] are appended to `router_logits` if a list is
-    given; padded tokens are among them (`batch.real_mask_BT` tells). A batch without images still runs the vision
-    tower on a blank patch with weight 0 while gradients are recorded: ranks whose batches differ in that would
-    otherwise reduce different parameters and hang or abort.
+    They are [B, T, D], or [1, S, D] of a packed batch. For a mixture of experts, each layer's router logits
+    [tokens, experts] are appended to `router_logits` if a list is given; padded tokens are among them
+    (`batch.real_mask_BT` tells). A batch without images still runs the vision tower, on a blank patch with weight
+    0: ranks whose batches differ in that would otherwise gather or reduce different parameters and hang or abort.
     """
     inner = model.model
     embeds_BTD = inner.get_input_embeddings()(batch.input_ids_BT)
-    visual: dict[str, Any] = {}
+    options = _seen(inner.language_model, batch)
     if len(batch.grid_thw):
         merged_ND, deepstack = encode_images(inner.visual, batch.pixel_values, batch.grid_thw)
         embeds_BTD = _put(embeds_BTD, batch.visual_positions_V, merged_ND[batch.visual_sources_V])
         mask = torch.zeros(embeds_BTD.shape[:2].numel(), dtype=torch.bool, device=embeds_BTD.device)
         mask[batch.visual_positions_V] = True
-        visual["visual_pos_masks"] = mask.view(embeds_BTD.shape[:2])
-        visual["deepstack_visual_embeds"] = [feature[batch.visual_sources_V] for feature in deepstack]
-    elif torch.is_grad_enabled():
+        options["visual_pos_masks"] = mask.view(embeds_BTD.shape[:2])
+        options["deepstack_visual_embeds"] = [feature[batch.visual_sources_V] for feature in deepstack]
+    else:
         embeds_BTD = embeds_BTD + _blank_image(inner.visual, batch.pixel_values)
     if router_logits is not None:
-        visual["output_router_logits"] = True
-    output = inner.language_model(
-        inputs_embeds=embeds_BTD, position_ids=batch.position_ids_3BT, attention_mask=None, use_cache=False, **visual
-    )
+        options["output_router_logits"] = True
+    output = inner.language_model(inputs_embeds=embeds_BTD, attention_mask=None, use_cache=False, **options)
     if router_logits is not None:
         router_logits.extend(output.router_logits)
     return output.last_hidden_state
+
+
+def _seen(language_model: Any, batch: Batch) -> dict[str, Any]:
+    """The positions of the tokens, and what keeps packed samples from seeing each other.
+
+    That is `segments` for our own attention; every other implementation reads it off a fourth row of positions that
+    starts anew with each sample, and `sdpa` then makes a mask of [S, S].
+    """
+    if batch.segments is None:
+        return {"position_ids": batch.position_ids_3BT}
+    if uses_packed(language_model):
+        return {"position_ids": batch.position_ids_3BT, "segments": batch.segments}
+    firsts_S = batch.starts_B.repeat_interleave(batch.lengths_B, output_size=batch.computed_tokens)
+    text_11S = (torch.arange(batch.computed_tokens, device=firsts_S.device) - firsts_S)[None, None]
+    return {"position_ids": torch.cat((text_11S, batch.position_ids_3BT))}
 
 
 def _put(embeds_BTD: Tensor, positions_V: Tensor, features_VD: Tensor) -> Tensor:

@@ -1,10 +1,17 @@
-"""Policies from and to Hugging Face folders, dense and mixture-of-experts."""
+"""Policies from and to Hugging Face folders, dense and mixture-of-experts.
+
+Files hold the experts of a mixture transposed to how transformers keeps them in memory; transformers (by their shape)
+and vLLM (always) transpose them back. transformers' own `save_pretrained` writes them as they lie in memory, which
+vLLM cannot read.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +21,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from prism_ray.models.attention import IMPLEMENTATION
+
 ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
-_TIED = "lm_head.weight"
+
+HEAD = "lm_head.weight"
+"""The output layer; a checkpoint whose output layer is tied to the embedding does not hold it."""
+
+SHARD_SIZE = "5GB"
+"""Largest weight file; a larger model becomes several, with an index."""
 
 
 def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The Qwen3-VL or Qwen3-VL-MoE model in a Hugging Face folder, on the CPU, with SDPA attention, in train mode."""
+    """The Qwen3-VL or Qwen3-VL-MoE model in a Hugging Face folder, on the CPU, in train mode.
+
+    Its text attention is `models.attention`'s, which takes padded and packed batches; the vision tower's is SDPA.
+    """
     check_policy(folder)
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").train()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=IMPLEMENTATION).train()
 
 
 def save_policy(model: Any, folder: str | Path, like: str | Path) -> None:
@@ -34,9 +51,22 @@ def save_policy(model: Any, folder: str | Path, like: str | Path) -> None:
 
 
 def save_weights(weights: Mapping[str, Any], folder: str | Path, like: str | Path) -> None:
-    """Write weights (tensors or arrays by the model's own parameter names) as a Hugging Face folder like `like`."""
+    """Write weights (tensors or arrays by the model's own parameter names) as a Hugging Face folder like `like`.
+
+    Every weight keeps its precision, and the configuration names it: bfloat16 stays bfloat16.
+    """
     tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
     _write(tensors, Path(folder), Path(like), AutoConfig.from_pretrained(like))
+
+
+def as_filed(name: str, weight: Any) -> Any:
+    """A weight (tensor or array) as files hold it: a view of it, transposed if it is a mixture's experts."""
+    return weight.swapaxes(1, 2) if name.endswith(_EXPERTS) else weight
+
+
+def filed_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that `as_filed` gives a weight of this shape."""
+    return (shape[0], shape[2], shape[1]) if name.endswith(_EXPERTS) else tuple(shape)
 
 
 def check_policy(folder: str | Path) -> None:
@@ -52,31 +82,43 @@ def check_policy(folder: str | Path) -> None:
 
 
 def _write(weights: Mapping[str, Tensor], folder: Path, like: Path, config: Any) -> None:
+    tied = config.tie_word_embeddings
+    files = {n: as_filed(n, w.detach()) for n, w in weights.items() if not (tied and n == HEAD)}
+    _check_experts(files)
     folder.mkdir(parents=True, exist_ok=True)
     for file in like.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
             shutil.copy(file, folder / file.name)
-    config.save_pretrained(folder)
-    tied = config.tie_word_embeddings
-    files = {n: _as_filed(n, w) for n, w in weights.items() if not (tied and n == _TIED)}
-    split = split_torch_state_dict_into_shards(files, filename_pattern="model{suffix}.safetensors")
+    _of_precision(config, files.values()).save_pretrained(folder)
+    for old in folder.glob("model*.safetensors*"):  # a shard that stayed behind would be read as a part of this model
+        old.unlink()
+    split = split_torch_state_dict_into_shards(
+        files, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
     for name, members in split.filename_to_tensors.items():
-        save_file({member: files[member] for member in members}, folder / name, metadata={"format": "pt"})
+        shard = {member: files[member].cpu().contiguous() for member in members}
+        save_file(shard, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _as_filed(name: str, weight: Tensor) -> Tensor:
-    """A weight as published files hold it.
+def _check_experts(weights: Mapping[str, Tensor]) -> None:
+    """transformers goes by the shape when it reads, so square experts have no form that both it and vLLM understand."""
+    for name, weight in weights.items():
+        if name.endswith(_EXPERTS) and weight.shape[1] == weight.shape[2]:
+            raise ValueError(f"{name}: square experts cannot be saved unambiguously; change moe_intermediate_size")
 
-    Experts are transposed there, and both transformers and vLLM expect that; transformers' own `save_pretrained`
-    writes them as they lie in memory, which vLLM cannot read. transformers goes by the shape when it
-    reads, so square experts cannot be filed in a form that both understand.
+
+def _of_precision(config: Any, weights: Iterable[Tensor]) -> Any:
+    """A copy of the configuration that names the precision most of the weights have.
+
+    Loaders that are not told another one go by it, and would cast the weights to what `like` once was.
     """
-    weight = weight.detach().cpu()
-    if not name.endswith(_EXPERTS):
-        return weight.contiguous()
-    if weight.shape[1] == weight.shape[2]:
-        raise ValueError(f"{name}: square experts cannot be saved unambiguously; change moe_intermediate_size")
-    return weight.transpose(1, 2).contiguous()
+    config = copy.deepcopy(config)
+    numbers: Counter[torch.dtype] = Counter()
+    for weight in weights:
+        numbers[weight.dtype] += weight.numel()
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = numbers.most_common(1)[0][0]
+    return config

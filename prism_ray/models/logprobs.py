@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prism_ray.models.batch import Batch
@@ -26,61 +25,78 @@ def response_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     banned_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """Natural log-probs [B, R] of the response tokens, and the entropies [B, R] in nats if asked (without gradient).
+    """Natural log-probs [B, R] of the response tokens, and the entropies [B, R] in nats if asked.
 
     Float32; masked positions are 0. `temperature` divides the logits and `banned_ids` are given probability 0, so
     that both together are the distribution the tokens were sampled from. Logits exist for `chunk_tokens` response
     tokens at a time (default: `CHUNK_ELEMENTS` logits) and are computed again in the backward pass if there is more
-    than one chunk.
+    than one chunk. Entropies have a gradient only where `entropy_gradient` asks for it, since it costs one more pass
+    over the logits.
     """
-    hidden_BTD = final_hidden(model, batch)
-    hidden_ND = predicting_rows(hidden_BTD, batch)
+    hidden_ND = predicting_rows(final_hidden(model, batch), batch)
     targets_N = batch.response_ids_BR[batch.response_mask_BR]
-    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=hidden_ND.device)
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
-    logp_N, entropy_N = _in_chunks(model.lm_head, hidden_ND, targets_N, temperature, banned, chunk, entropy)
+    logp_N, entropy_N = token_logprobs(
+        model.lm_head, hidden_ND, targets_N, temperature, chunk_tokens, entropy, entropy_gradient, banned_ids
+    )
     logp_BR = _spread(logp_N, batch.response_mask_BR)
     return logp_BR, _spread(entropy_N, batch.response_mask_BR) if entropy_N is not None else None
 
 
-def predicting_rows(hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Hidden states [N, D] that predict the N response tokens, row by row of the batch."""
-    _, width, size = hidden_BTD.shape
-    starts_B = torch.arange(len(batch.lengths_B), device=hidden_BTD.device) * width + batch.prompt_lengths_B - 1
-    steps_R = torch.arange(batch.response_mask_BR.shape[1], device=hidden_BTD.device)
-    rows_N = (starts_B[:, None] + steps_R)[batch.response_mask_BR]
-    return hidden_BTD.reshape(-1, size).index_select(0, rows_N)
-
-
-def _in_chunks(
-    head: Any, hidden_ND: Tensor, targets_N: Tensor, temperature: float, banned: Tensor, chunk: int, entropy: bool
+def token_logprobs(
+    head: nn.Linear,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+    banned_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [N] of `targets_N` under the output layer `head` at states `hidden_ND`, and entropies [N] if asked.
+
+    The other arguments are those of `response_logprobs`.
+    """
+    if temperature != 1.0:
+        hidden_ND = hidden_ND / temperature  # the head is linear: one division of the states instead of the logits
+    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=hidden_ND.device)
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.out_features)
     if len(hidden_ND) <= chunk:
-        return _score(head, hidden_ND, targets_N, temperature, banned, entropy)
+        return _score(head, hidden_ND, targets_N, banned, entropy, entropy_gradient)
     parts = [
-        checkpoint(_score, head, h, t, temperature, banned, entropy, use_reentrant=False)
+        checkpoint(_score, head, h, t, banned, entropy, entropy_gradient, use_reentrant=False)
         for h, t in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
     ]
     logp_N = torch.cat([logp for logp, _ in parts])
     return logp_N, torch.cat([e for _, e in parts]) if entropy else None
 
 
+def predicting_rows(hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Hidden states [N, D] that predict the N response tokens, sample by sample of the batch, padded or packed."""
+    last_B = batch.starts_B + batch.prompt_lengths_B - 1
+    steps_R = torch.arange(batch.response_mask_BR.shape[1], device=hidden_BTD.device)
+    rows_N = (last_B[:, None] + steps_R)[batch.response_mask_BR]
+    return hidden_BTD.flatten(0, 1).index_select(0, rows_N)
+
+
 def _score(
-    head: Any, hidden_ND: Tensor, targets_N: Tensor, temperature: float, banned: Tensor, entropy: bool
+    head: Any, hidden_ND: Tensor, targets_N: Tensor, banned: Tensor, entropy: bool, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """In as few copies of the logits as can be: they are what a chunk's memory is made of."""
     logits_NV = head(hidden_ND).float()
-    if temperature != 1.0:
-        logits_NV = logits_NV / temperature
     if len(banned):
-        logits_NV = logits_NV.index_fill(1, banned, _BANNED)
-    logp_N = -F.cross_entropy(logits_NV, targets_N, reduction="none")
+        logits_NV = logits_NV.index_fill_(1, banned, _BANNED)
+    logp_NV = torch.log_softmax(logits_NV, dim=1)
+    del logits_NV
+    logp_N = logp_NV.gather(1, targets_N[:, None]).squeeze(1)
     if not entropy:
         return logp_N, None
+    if gradient:
+        return logp_N, -(logp_NV.exp() * logp_NV).sum(dim=1)
     with torch.no_grad():
-        logp_NV = torch.log_softmax(logits_NV, dim=1)
-        return logp_N, -(logp_NV.exp() * logp_NV).sum(1)
+        return logp_N, -logp_NV.exp().mul_(logp_NV).sum(dim=1)
 
 
 def _spread(values_N: Tensor, mask_BR: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prism_ray.models.batch import Sample, collate, microbatches
+from prism_ray.models.batch import Sample, collate, collate_packed, microbatches
 from prism_ray.models.encode import Encoder
 
 
@@ -50,11 +50,11 @@ def test_microbatches_keep_the_budget_and_every_sample_once(encoded):
     lengths = torch.randint(0, 60, (40,), generator=generator).tolist()
     samples = [sample(encoded[i % 4], n) for i, n in enumerate(lengths)]
     batches = microbatches(samples, 256)
-    assert all(b.padded_tokens <= 256 for b in batches)
+    assert all(b.computed_tokens <= 256 for b in batches)
     assert sorted(i for b in batches for i in b.indices) == list(range(40))
     for batch in batches:
         assert batch.lengths_B.tolist() == [samples[i].length for i in batch.indices]
-    padding = sum(b.padded_tokens for b in batches) / sum(s.length for s in samples)
+    padding = sum(b.computed_tokens for b in batches) / sum(s.length for s in samples)
     assert padding < 1.3
 
 
@@ -65,5 +65,37 @@ def test_a_sample_longer_than_the_budget_stands_alone(encoded):
 
 def test_nothing_to_collate_is_an_error():
     assert microbatches([], 10) == []
-    with pytest.raises(ValueError, match="empty list"):
-        collate([])
+    for layout in (collate, collate_packed):
+        with pytest.raises(ValueError, match="empty list"):
+            layout([])
+
+
+def test_a_packed_row_holds_what_padded_rows_hold_without_the_padding(encoded):
+    samples = [sample(encoded[0], 3), sample(encoded[3], 5), sample(encoded[1], 0), sample(encoded[3], 2)]
+    packed, padded = collate_packed(samples, [7, 5, 3, 1]), collate(samples)
+    real = padded.real_mask_BT
+    assert packed.input_ids_BT.shape == (1, packed.computed_tokens) == (1, int(real.sum()))
+    assert packed.real_mask_BT.all() and packed.real_mask_BT.shape == packed.input_ids_BT.shape
+    assert torch.equal(packed.input_ids_BT[0], padded.input_ids_BT[real])
+    assert torch.equal(packed.position_ids_3BT[:, 0], padded.position_ids_3BT[:, real])
+    for name in (
+        "response_ids_BR",
+        "response_mask_BR",
+        "lengths_B",
+        "prompt_lengths_B",
+        "visual_sources_V",
+        "grid_thw",
+    ):
+        assert torch.equal(getattr(packed, name), getattr(padded, name)), name
+    for batch in (packed, padded):
+        ids = batch.input_ids_BT.flatten()
+        assert [int(i) for i in ids[batch.starts_B]] == [int(s.prompt.token_ids[0]) for s in samples]
+        assert set(ids[batch.visual_positions_V].tolist()) == {int(encoded[1].token_ids[encoded[1].visual_spots[0]])}
+    assert packed.indices == [7, 5, 3, 1]
+
+
+def test_a_batch_moves_as_a_whole(encoded):
+    batch = collate_packed([sample(encoded[0], 3), sample(encoded[1], 5)]).to("meta")
+    assert {batch.input_ids_BT.device.type, batch.starts_B.device.type, batch.segments.offsets.device.type} == {"meta"}
+    assert batch.indices == [0, 1]
+    assert collate([sample(encoded[0], 3)]).to("meta").segments is None

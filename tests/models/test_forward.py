@@ -79,6 +79,35 @@ def test_text_alone_still_reaches_the_vision_tower_with_gradient_zero(policy, sa
     assert all(g.abs().max() == 0 for g in reached)
 
 
+def test_text_alone_runs_the_vision_tower_without_gradients_too(policy, samples):
+    """Under ZeRO-3 its weights are gathered by all ranks at once, whatever their batches hold."""
+    runs = []
+    policy.model.visual.merger.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        final_hidden(policy, collate(samples[:1]))
+    assert runs == [1]
+
+
+def test_gradient_checkpointing_reaches_the_batched_vision_tower(policy, dense_folder, ask, picture):
+    """The tower's blocks run again in the backward pass, and the gradients are the same."""
+    prompts = Encoder(dense_folder, 300).prompts([ask("a", picture(0)), ask("b", picture(1))])
+    batch = collate([Sample(prompt, torch.arange(30, 40)) for prompt in prompts])
+    runs = []
+    blocks = policy.model.visual.blocks
+    for block in blocks:
+        block.norm1.register_forward_hook(lambda *_: runs.append(1))
+    found = []
+    for passes in (1, 2):
+        runs.clear()
+        final_hidden(policy, batch).tanh().sum().backward()
+        assert len(runs) == passes * len(blocks)
+        found.append(gradients(policy))
+        policy.zero_grad()
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-5)
+
+
 def test_router_logits_of_every_layer_come_out(moe_folder, samples):
     from prism_ray.models.load import load_policy
 
@@ -86,4 +115,4 @@ def test_router_logits_of_every_layer_come_out(moe_folder, samples):
     batch = collate(samples)
     hidden = final_hidden(load_policy(moe_folder), batch, logits)
     assert hidden.shape[:2] == batch.input_ids_BT.shape
-    assert [tuple(x.shape) for x in logits] == [(batch.padded_tokens, 4)] * 4
+    assert [tuple(x.shape) for x in logits] == [(batch.computed_tokens, 4)] * 4

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from prism_ray.models import load
 from prism_ray.models.batch import Sample, collate
 from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy, save_policy, save_weights
@@ -46,6 +47,25 @@ def test_the_saved_folder_is_an_ordinary_one(policy_folder, tmp_path):
     save_policy(perturbed(policy_folder), tmp_path / "out", like=policy_folder)
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.eos_token == "<|im_end|>"
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config.tie_word_embeddings
+
+
+def test_shards_of_an_earlier_export_do_not_stay_behind(policy_folder, tmp_path, monkeypatch):
+    model = perturbed(policy_folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "SHARD_SIZE", "1MB")
+        save_policy(load_policy(policy_folder), tmp_path / "out", like=policy_folder)
+    assert len(list((tmp_path / "out").glob("*.safetensors*"))) > 2
+    save_policy(model, tmp_path / "out", like=policy_folder)
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(load_policy(tmp_path / "out").lm_head.weight, model.lm_head.weight)
+
+
+def test_saving_leaves_the_model_as_it_was(dense_folder, tmp_path):
+    model = load_policy(dense_folder).bfloat16()
+    model.config.dtype = torch.float32
+    save_policy(model, tmp_path / "out", like=dense_folder)
+    assert model.config.dtype == torch.float32 and model.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_experts_are_filed_transposed_as_published_checkpoints_have_them(moe_folder):

@@ -57,6 +57,25 @@ def test_gradients_equal_the_naive_form(policy, batch, chunk):
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_gradients_of_entropies_equal_the_naive_form(policy, batch, chunk, encoder):
+    banned = encoder.banned_ids
+    weights = torch.randn(batch.response_ids_BR.shape, generator=torch.Generator().manual_seed(0))
+    options = {"temperature": 0.7, "chunk_tokens": chunk, "banned_ids": banned, "entropy": True}
+    entropy = response_logprobs(policy, batch, entropy_gradient=True, **options)[1]
+    (entropy * weights).sum().backward()
+    ours = {n: p.grad.clone() for n, p in policy.named_parameters()}
+    policy.zero_grad()
+    logits = (policy.lm_head(final_hidden(policy, batch)) / 0.7).index_fill(2, torch.tensor(banned), -1e9)
+    rows = [(b, int(batch.prompt_lengths_B[b]) - 1 + r) for b, r in batch.response_mask_BR.nonzero().tolist()]
+    expected = torch.stack([torch.distributions.Categorical(logits=logits[b, t]).entropy() for b, t in rows])
+    (expected * weights[batch.response_mask_BR]).sum().backward()
+    torch.testing.assert_close(entropy[batch.response_mask_BR], expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in policy.named_parameters():
+        assert (ours[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+        assert parameter.grad.norm() > 1e-4, name
+
+
 def test_banned_tokens_take_no_probability(policy, batch, encoder):
     ours, entropy = response_logprobs(policy, batch, entropy=True, banned_ids=encoder.banned_ids)
     expected, expected_entropy = naive(policy, batch, banned=encoder.banned_ids)
