@@ -2,6 +2,7 @@
 
     python jobs/align.py                                            the testbed on this machine (configs/tiny.yaml)
     python jobs/align.py --config configs/tiny.yaml align.updates=10
+    python jobs/align.py --config configs/tiny.yaml --config configs/recipes/dapo.yaml          another RLVR algorithm
     ray job submit --working-dir . -- python jobs/align.py --config FILE
 
 Stages whose outputs are missing or out of date run first; the same command again continues a run that was stopped.

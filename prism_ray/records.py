@@ -119,7 +119,8 @@ class Ticket:
 
     `id` is the submission number, unique in a run; `position` is the prompt's place in the stream (epoch and row, as
     the stream counts them); `oldest_version` the policy version of the group's oldest token; `tokens` the number of
-    response tokens; `stats` small numbers for the metrics.
+    response tokens, `total_tokens` of prompts and responses (what a learner computes); `stats` small numbers for the
+    metrics.
     """
 
     id: int
@@ -128,4 +129,5 @@ class Ticket:
     ref: Any
     oldest_version: int = 0
     tokens: int = 0
+    total_tokens: int = 0
     stats: dict[str, float] = field(default_factory=dict)

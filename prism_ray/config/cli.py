@@ -1,4 +1,4 @@
-"""The command line every job shares: `--config FILE`, `name=value` overrides and a `--help` with every setting."""
+"""The command line every job shares: `--config FILE` as often as needed, `name=value` overrides, `--help` for all."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ def parse_job(argv: list[str], cls: type[S], description: str, default_config: P
     )
     # argparse reads % in a help text as its own placeholder.
     default = str(default_config).replace("%", "%%") if default_config else "the defaults below"
-    parser.add_argument("--config", type=Path, default=default_config, help=f"YAML file (without it: {default})")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        help=f"YAML file (without it: {default}); may be repeated, a later one wins setting by setting",
+    )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="a setting, for instance learner.lr=3e-4")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        return load_config(cls, arguments.config, arguments.overrides)
+        files = arguments.config or ([default_config] if default_config else [])
+        return load_config(cls, files, arguments.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,20 +28,26 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def load_config(cls: type[S], path: Path | None = None, overrides: list[str] | None = None) -> S:
-    """Build `cls` from a YAML file (None: its defaults) and overrides like `learner.lr=3e-4`, which win.
+def load_config(cls: type[S], files: Path | Sequence[Path] | None = None, overrides: Sequence[str] | None = None) -> S:
+    """Build `cls` from YAML files and overrides like `learner.lr=3e-4`.
 
-    Raises ConfigError naming every problem at once.
+    Files are laid over each other: a later one wins setting by setting, and leaves alone what it does not name. The
+    overrides win over all files. Raises ConfigError naming every problem at once, with the file it stands in.
     """
-    data = _read(path) if path is not None else {}
-    problems = [p for override in overrides or () if (p := _override(data, override))]
+    files = [files] if isinstance(files, Path) else list(files or ())
+    layers = [(str(file), _read(file)) for file in files]
+    data: dict[str, Any] = {}
+    for _, layer in layers:
+        data = _laid_over(cls, data, deepcopy(layer))
+    typed: dict[str, Any] = {}
+    problems = [p for o in overrides or () if (p := _override(typed, o) or _override(data, o))]
     if problems:
         raise ConfigError(problems)
     try:
         return cls.model_validate(_completed(cls, data, None))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise ConfigError(list(dict.fromkeys(_sentence(cls, detail) for detail in details))) from None
+        found = [_located(cls, detail, layers, typed) for detail in error.errors(include_url=False)]
+        raise ConfigError(list(dict.fromkeys(found))) from None
 
 
 def to_yaml(settings: Settings) -> str:
@@ -91,6 +99,25 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
+def _laid_over(cls: type[Settings], lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`, key by key within sections; what is not a section (a list, a table of weights) is whole."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        section = _section(cls, key)
+        below = lower.get(key)
+        if section is not None and isinstance(value, dict) and isinstance(below, dict):
+            value = _laid_over(section, below, value)
+        merged[key] = value
+    return merged
+
+
+def _section(cls: type[Settings], key: str) -> type[Settings] | None:
+    """The settings class that the field `key` holds, if it holds one."""
+    info = cls.model_fields.get(key)
+    found = nested(info.annotation) if info else []
+    return found[0] if len(found) == 1 else None
+
+
 def _override(data: dict[str, Any], override: str) -> str:
     """Put one `dotted.name=value` into `data`. Returns what is wrong with it ("" if nothing)."""
     name, equals, text = override.partition("=")
@@ -120,18 +147,39 @@ def _completed(cls: type[Settings], data: dict[str, Any], default: Settings | No
     """
     complete = {} if default is None else {key: getattr(default, key) for key in cls.model_fields}
     for key, value in data.items():
-        info = cls.model_fields.get(key)
-        section = nested(info.annotation) if info else []
-        if info and len(section) == 1 and isinstance(value, dict):
-            inner = getattr(default, key) if default is not None else default_of(info)
-            value = _completed(section[0], value, inner if type(inner) is section[0] else None)
+        section = _section(cls, key)
+        if section is not None and isinstance(value, dict):
+            inner = getattr(default, key) if default is not None else default_of(cls.model_fields[key])
+            value = _completed(section, value, inner if type(inner) is section else None)
         complete[key] = value
     return complete
 
 
-def _sentence(cls: type[Settings], error: ErrorDetails) -> str:
+def _located(
+    cls: type[Settings], error: ErrorDetails, layers: Sequence[tuple[str, dict[str, Any]]], typed: dict[str, Any]
+) -> str:
+    """The sentence for an error, after the names of the files that the setting comes from (none for an override)."""
     known = {field.name: field for field in fields(cls)}
     name = _dotted(known, error["loc"])
+    parts = name.split(".") if name else []
+    naming = [file for file, layer in layers if parts and _names(layer, parts)]
+    if not (name in known and known[name].section):  # of a section several files may be to blame
+        naming = [] if _names(typed, parts) else naming[-1:]
+    return f"{', '.join(naming)}: {_sentence(known, name, error)}" if naming else _sentence(known, name, error)
+
+
+def _names(data: Any, parts: Sequence[str]) -> bool:
+    """Whether `data` says something of the setting of these parts, or of the section or list it is in as a whole."""
+    for part in parts:
+        if not isinstance(data, dict):
+            return True
+        if part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _sentence(known: dict[str, Any], name: str, error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         nearest = " or ".join(_nearest(name, list(known)))
         cure = f"did you mean {nearest}?" if nearest else "--help lists every setting."

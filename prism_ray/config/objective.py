@@ -75,9 +75,9 @@ class AdvantageSettings(Settings):
     """Subtracted from an invalid response's combined advantage after normalising. None: 1.5 for the PRISM forms
     (published), 0 for `bounded_views`."""
 
-    overlong_buffer: int = Field(default=0, ge=0)
-    """Reward estimators only: width in tokens of the zone below the longest response in which the reward falls linearly
-    (DAPO's soft overlong penalty; 4096 of 8192 in the published recipe). 0: off."""
+    overlong_share: float = Field(default=0.0, ge=0, le=1)
+    """Reward estimators only: the last part of the longest response in which the reward falls linearly (DAPO's soft
+    overlong penalty; 0.5 in the published recipe, 4096 of 8192 tokens). A share, so that it fits any length. 0: off."""
 
     overlong_factor: float = Field(default=1.0, ge=0)
     """Height of the overlong penalty at the longest response; 1 equals the whole accuracy reward."""
@@ -104,9 +104,9 @@ class AdvantageSettings(Settings):
                 "set credit: all_tokens, or estimator: bounded_views or prism_code"
             )
         if self.estimator in VIEW_ESTIMATORS:
-            if self.overlong_buffer:
+            if self.overlong_share:
                 raise ValueError(
-                    f"overlong_buffer shapes a reward, which estimator {self.estimator} does not use; set it to 0"
+                    f"overlong_share shapes a reward, which estimator {self.estimator} does not use; set it to 0"
                 )
         elif self.invalid_offset is not None or self.invalid_penalty is not None:
             raise ValueError(
@@ -141,7 +141,8 @@ class ObjectiveSettings(Settings):
 
     max_response_tokens: int = Field(default=128, ge=1)
     """Longest response that is sampled: the constant divisor of `seq_mean_token_sum_norm` and `dr_grpo` and the end of
-    the overlong zone. A constant, since the padded width (verl's default) depends on how the batch is split."""
+    the overlong zone. A constant, since the padded width (verl's default) depends on how the batch is split. A stage
+    fills it in from its own `max_response_tokens`."""
 
     ratio_cap: float | None = Field(default=None, gt=0)
     """`dppo_tv` only: use the log-prob surrogate with the ratio capped here (documented 20 in verl). None: no cap."""
@@ -151,11 +152,21 @@ class ObjectiveSettings(Settings):
     mask let go."""
 
     kl_coef: float = Field(default=0.0, ge=0)
-    """Coefficient of the KL to a frozen reference policy; 0 needs no reference (PRISM uses none: it would anchor the
-    policy to the drift that alignment is to repair)."""
+    """Coefficient of the KL to a frozen reference policy: the one the stage starts from (with `learner.lora` the same
+    weights without the adapters, otherwise a second copy on every rank). 0 needs no reference (PRISM uses none: it
+    would anchor the policy to the drift that alignment is to repair)."""
+
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where that KL enters: as a term of the loss, token by token (DeepSeekMath's GRPO), or, summed over a response and
+    with what sampled it as the policy, off its reward before advantages are taken (PPO for RLHF). As a reward it is
+    seen by the group's comparison; as a loss it acts on every token alike."""
 
     kl_estimator: KLKind = "k3_plus"
     """Which estimate of that KL; `k3_plus` has k3's low variance as a value and the right gradient (k2's)."""
+
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean token entropy, which is added to what is maximised. 0, as in the published PRISM scripts;
+    a little (1e-3) keeps a policy from collapsing early, too much makes it babble."""
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -239,4 +250,13 @@ def check_together(objective: ObjectiveSettings, correction: CorrectionSettings)
         raise ValueError(
             "correction: objective dppo_tv already uses the ratio current/behaviour; set correction.kind: none and "
             "correction.bypass: false"
+        )
+
+
+def check_kl(objective: ObjectiveSettings, advantage: AdvantageSettings) -> None:
+    """Raise ValueError where a KL is to be taken off a reward that the estimator does not use."""
+    if objective.kl_coef and objective.kl_in == "reward" and advantage.estimator in VIEW_ESTIMATORS:
+        raise ValueError(
+            "objective.kl_in: reward needs an estimator of rewards, but advantage.estimator "
+            f"{advantage.estimator} takes the views' scores; set kl_in: loss"
         )

@@ -12,6 +12,7 @@ from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.objective import ObjectiveSettings
 from prism_ray.config.report import ReportSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings, JournalSettings
@@ -93,12 +94,18 @@ class RunSettings(Settings):
     """Metrics and report."""
 
     @model_validator(mode="after")
-    def _lengths_agree(self) -> Self:
+    def _one_length(self) -> Self:
+        untouched = ObjectiveSettings().max_response_tokens
         for name, phase in (("align", self.align), ("rlvr", self.rlvr)):
-            known, sampled = phase.objective.max_response_tokens, self.rollout.max_response_tokens
-            if known < sampled:
+            limit, most = phase.response_limit(self.rollout), self.rollout.max_response_tokens
+            if limit > most:
                 raise ValueError(
-                    f"{name}.objective.max_response_tokens is {known} but responses may have "
-                    f"rollout.max_response_tokens = {sampled}; raise the first to the second"
+                    f"{name}.max_response_tokens is {limit} but the engines leave room for rollout.max_response_tokens "
+                    f"= {most}; raise that (and rollout.max_model_len)"
+                )
+            if phase.objective.max_response_tokens not in (untouched, limit):
+                raise ValueError(
+                    f"{name}.objective.max_response_tokens is {phase.objective.max_response_tokens} but the stage sets "
+                    f"it to the longest response, {limit}; remove it, or set {name}.max_response_tokens"
                 )
         return self

@@ -6,6 +6,10 @@ from pydantic import Field
 
 from prism_ray.config.base import Settings
 
+LOWEST, HIGHEST = "group/lowest/", "group/highest/"
+"""What `dynamic_sampling` looks at: a judge notes on a group's ticket, under these prefixes, the least and greatest
+value of the `reward` and of each of its parts among the group's rollouts; 1 is all right and 0 all wrong."""
+
 
 class LoopSettings(Settings):
     """One run of the loop: alignment and RLVR each have theirs."""
@@ -16,10 +20,17 @@ class LoopSettings(Settings):
     """Most optimiser steps between a rollout's oldest token and the update it trains. 0 is synchronous training; 1
     lets generation and learning overlap; larger values only help when generation times vary widely."""
     stall_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds the learner waits for the next batch before the run fails, saying what it was waiting for; must exceed
-    the longest time a group can take."""
+    """Seconds the learner waits without any group arriving before the run fails, saying what it was waiting for; must
+    exceed the longest time a group can take."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Updates between checkpoints of the loop (weights, optimiser, judge, consumed prompts): what a crash can cost."""
+    dynamic_sampling: str | None = Field(default=None, min_length=1)
+    """What must vary among a group's rollouts for it to be trained on: `reward`, or a part of the verifier's reward
+    such as `accuracy` (DAPO). Other groups teach nothing; they are dropped, and the next prompt takes their place.
+    Unset: every group trains. Worth its cost where many groups are all right or all wrong (`reward/equal_groups`)."""
+    dynamic_sampling_limit: int = Field(default=10, ge=1)
+    """How many times `groups_per_step` groups may be dropped while one batch's worth of others is found before the run
+    fails: the task is then too easy or too hard, and sampling on would burn GPUs for nothing."""
 
 
 class JournalSettings(Settings):

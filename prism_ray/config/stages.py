@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Self
+import math
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings, check_together
+from prism_ray.config.learner import LearnerSettings
+from prism_ray.config.objective import (
+    VIEW_ESTIMATORS,
+    AdvantageSettings,
+    CorrectionSettings,
+    ObjectiveSettings,
+    check_kl,
+    check_together,
+)
+from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import LoopSettings
+
+
+class PhaseOptimiserSettings(Settings):
+    """What one phase does otherwise than `learner` says; whatever is unset is as there."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Decoupled weight decay. DAPO's and GSPO's published scripts take 0.1, where alignment and GRPO take 0.01."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Updates over which the learning rate rises to its peak (DAPO: 10)."""
+    warmup_share: float | None = Field(default=None, ge=0, le=1)
+    """The same as a share of the phase's updates (GSPO: 0.05), so that it fits runs of any length."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """What the learning rate does after its warm-up."""
+    grad_clip: float | None = Field(default=None, gt=0)
+    """Largest global gradient norm."""
+
+    def over(self, learner: LearnerSettings, updates: int) -> LearnerSettings:
+        """The learner's settings for a phase of so many updates."""
+        own = {name: value for name, value in self.model_dump(exclude={"warmup_share"}).items() if value is not None}
+        if self.warmup_share is not None:
+            own["warmup_steps"] = math.ceil(self.warmup_share * updates)
+        return learner.model_copy(update=own)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise ValueError("warmup_steps and warmup_share say the same thing twice; set one of them to null")
+        return self
 
 
 class PhaseSettings(Settings):
@@ -16,6 +56,11 @@ class PhaseSettings(Settings):
 
     updates: int = Field(default=25, ge=1)
     """Optimiser steps of the policy."""
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """A response of this phase is cut here: the engines' limit, and the constant that the objective and the overlong
+    penalty count with. Unset: `rollout.max_response_tokens`, which is the most it may be."""
+    optimiser: PhaseOptimiserSettings = PhaseOptimiserSettings()
+    """What this phase's optimiser does otherwise than `learner` says."""
     loop: LoopSettings = LoopSettings()
     """Batch, staleness, time-outs, checkpoints."""
     advantage: AdvantageSettings = AdvantageSettings()
@@ -28,7 +73,17 @@ class PhaseSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_together(self.objective, self.correction)
+        check_kl(self.objective, self.advantage)
+        if self.loop.dynamic_sampling is not None and self.advantage.estimator in VIEW_ESTIMATORS:
+            raise ValueError(
+                f"loop.dynamic_sampling: {self.loop.dynamic_sampling} looks at rewards, which estimator "
+                f"{self.advantage.estimator} does not use (a discriminator's scores always vary); set it to null"
+            )
         return self
+
+    def response_limit(self, rollout: RolloutSettings) -> int:
+        """Longest response of this phase, in tokens."""
+        return self.max_response_tokens or rollout.max_response_tokens
 
 
 class RlvrSettings(PhaseSettings):

@@ -52,10 +52,9 @@ def estimate(judged: Judged, settings: AdvantageSettings, max_response_tokens: i
         return _from_views(judged, settings)
     _require_finite("rewards", judged.rewards_N, torch.ones_like(judged.valid_N, dtype=torch.bool))
     rewards_N = judged.rewards_N
-    if settings.overlong_buffer:
-        penalty_N = overlong_penalty(
-            judged.lengths_N, max_response_tokens, settings.overlong_buffer, settings.overlong_factor
-        )
+    if settings.overlong_share:
+        buffer = settings.overlong_share * max_response_tokens
+        penalty_N = overlong_penalty(judged.lengths_N, max_response_tokens, buffer, settings.overlong_factor)
         rewards_N = rewards_N + penalty_N.to(rewards_N.dtype)
     estimator = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}[settings.estimator]
     return Advantages(estimator(rewards_N, judged.group_ids_N), judged.valid_N)
@@ -143,7 +142,7 @@ def bounded_view_reward(scores_N: Tensor, reference_scores_N: Tensor, temperatur
     return torch.sigmoid((scores_N - reference_scores_N) / temperature)
 
 
-def overlong_penalty(lengths_N: Tensor, max_response_tokens: int, buffer: int, factor: float) -> Tensor:
+def overlong_penalty(lengths_N: Tensor, max_response_tokens: int, buffer: float, factor: float) -> Tensor:
     """DAPO's soft penalty [N] float64 (added to the reward): 0 up to max - buffer tokens, then linearly down to
     -factor at max.
 

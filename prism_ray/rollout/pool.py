@@ -47,6 +47,8 @@ class RolloutPool:
 
     def __init__(self, folder: Path, settings: RolloutSettings, version: int):
         self._folder, self.settings = folder, settings
+        self.max_response_tokens: int | None = None
+        """Where `generate` cuts a response in the present phase; None: where the settings say."""
         self._weights = _Weights(version)
         self._ready: dict[int, _Engine] = {}
         self._restarts = dict.fromkeys(range(settings.engines), 0)
@@ -76,7 +78,7 @@ class RolloutPool:
         An engine that dies meanwhile is replaced and the group sampled once more, from the beginning.
         """
         s = self.settings
-        sampling = Sampling(s.group_size, s.temperature, s.max_response_tokens)
+        sampling = Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
         group, meta = await self._sampled(ticket.ref, ticket.id, sampling)
         return replace(ticket, ref=group, **(meta | {"stats": ticket.stats | meta["stats"]}))
 

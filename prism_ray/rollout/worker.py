@@ -47,7 +47,9 @@ class EngineWorker:
             "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
             "rollout/mixed_share": sum(len(set(r.versions.tolist())) > 1 for r in rollouts) / len(rollouts),
         }
-        return group, {"oldest_version": group.oldest_version, "tokens": sum(lengths), "stats": stats}
+        total = sum(lengths) + sum(len(r.prompt_token_ids) for r in rollouts)
+        meta = {"oldest_version": group.oldest_version, "tokens": sum(lengths), "total_tokens": total, "stats": stats}
+        return group, meta
 
     @ray.method(concurrency_group="control")
     async def update(self, weights: dict[str, Any], version: int) -> dict[str, float]:

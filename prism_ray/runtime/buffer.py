@@ -4,7 +4,8 @@ Complete groups train as they come, oldest first, with one exception that makes 
 submitted at version s must train at version `s + max_staleness` at the latest (its deadline). A batch is held back
 while training it without the unfinished groups would leave more groups due by some deadline than the batches until
 then can hold (the feasibility condition of earliest-deadline-first scheduling). The gate keeps the whole set feasible,
-so waiting always helps, and a straggler delays a batch only when the bound is really at stake.
+so waiting always helps, and a straggler delays a batch only when the bound is really at stake. A group that is dropped
+leaves the set, and the one that takes its place has a later deadline: the set stays feasible.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Buffer:
         self._ready[ticket.id] = (waiting.version, ticket)
         self._changed.set()
 
+    def drop(self, ticket_id: int) -> None:
+        """The group will not train; nothing waits for it any more."""
+        del self._flying[ticket_id]
+        self._changed.set()
+
     def ready_for(self, version: int) -> bool:
         """Whether the batch of this version may train now under the rule above."""
         if len(self._ready) < self.groups_per_step:
@@ -72,16 +78,16 @@ class Buffer:
     async def take(self, version: int, timeout_s: float) -> list[Ticket]:
         """Wait for the batch of this version and remove it: the groups submitted first, by version and number.
 
-        Raises StallError after `timeout_s` without a complete batch.
+        Raises StallError after `timeout_s` in which no group arrived or was dropped.
         """
-        try:
-            # Not asyncio.wait_for, which can swallow the cancellation by which a failed task ends the loop.
-            async with asyncio.timeout(timeout_s):
-                while not self.ready_for(version):
-                    self._changed.clear()
+        while not self.ready_for(version):
+            self._changed.clear()
+            try:
+                # Not asyncio.wait_for, which can swallow the cancellation by which a failed task ends the loop.
+                async with asyncio.timeout(timeout_s):
                     await self._changed.wait()
-        except TimeoutError:
-            raise StallError(self._describe_stall(version, timeout_s)) from None
+            except TimeoutError:
+                raise StallError(self._describe_stall(version, timeout_s)) from None
         return [self._ready.pop(i)[1] for i in self._oldest()]
 
     def _describe_stall(self, version: int, timeout_s: float) -> str:
@@ -90,8 +96,8 @@ class Buffer:
             where.setdefault(waiting.phase, []).append(ticket_id)
         flying = "; ".join(f"waiting for {phase}: groups {ids[:8]}" for phase, ids in where.items()) or "none in flight"
         return (
-            f"update {version + 1} waited {timeout_s:.0f} s for {self.groups_per_step} judged groups and has "
-            f"{len(self._ready)} ({flying}); look at that room's log, or raise this stage's loop.stall_timeout_s"
+            f"update {version + 1} waited {timeout_s:.0f} s without a new group; it needs {self.groups_per_step} and "
+            f"has {len(self._ready)} ({flying}). Look at that room's log, or raise this stage's loop.stall_timeout_s"
         )
 
     @property

@@ -29,7 +29,7 @@ class JournalKeeper:
     async def append(self, ticket: Ticket) -> None:
         """Write the ticket's group; returns once the operating system has it."""
         meta = {"id": ticket.id, "prompt_id": ticket.prompt_id, "position": ticket.position, "stats": ticket.stats}
-        meta |= {"oldest_version": ticket.oldest_version, "tokens": ticket.tokens}
+        meta |= {name: getattr(ticket, name) for name in ("oldest_version", "tokens", "total_tokens")}
         number = await self._wait(self._actor.append.remote(meta, ticket.ref), f"to take group {ticket.id}")
         self._segments[ticket.id] = number
 

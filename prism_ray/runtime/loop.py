@@ -4,7 +4,8 @@ Alignment and RLVR run this same loop with another judge. It knows four protocol
 rooms behind them. Three things happen at once:
 
 * `_submit` takes prompts from the stream whenever the gate allows, and sends each on its way;
-* `_carry` takes one group through generation, verdict and journal into the buffer;
+* `_carry` takes one group through generation, verdict and journal into the buffer (or drops it, where all its
+  rollouts were judged alike and `dynamic_sampling` asks for others: `informative.py`);
 * `_train` takes complete batches, updates policy and judge, and publishes the new weights to the engines, which go on
   decoding under them.
 
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from prism_ray.config.runtime import LoopSettings
 from prism_ray.runtime.buffer import Buffer
 from prism_ray.runtime.gate import submission_limit
+from prism_ray.runtime.informative import Informative
 from prism_ray.runtime.protocols import Judge, Learner, Prompts, Rollouts, Ticket
 
 
@@ -35,7 +37,8 @@ class Keeper(Protocol):
 class LoopState:
     """What a checkpoint holds of the loop itself; everything else is the rooms' own.
 
-    `consumed` are the stream positions of the prompts trained on so far, `groups` the ids of those groups.
+    `consumed` are the stream positions of the prompts trained on or dropped so far, `groups` the ids of the groups
+    trained on (dropped ones were never in the journal).
     """
 
     version: int = 0
@@ -73,6 +76,7 @@ class Loop:
         """
         self.state, self.updates = state, updates
         self.buffer = Buffer(self.settings.groups_per_step, self.settings.max_staleness)
+        self.informative = Informative(self.settings)
         self._engine_version = state.version
         self._taken = state.version * self.settings.groups_per_step
         for ticket in restored or []:
@@ -114,9 +118,17 @@ class Loop:
         ticket = await self.rollouts.generate(ticket)
         self.buffer.moved(ticket.id, "verdict")
         ticket = await self.judge.judge(ticket)
+        if not self.informative.keeps(ticket):
+            return self._drop(ticket)
         self.buffer.moved(ticket.id, "journal")
         await self.keeper.append(ticket)
         self.buffer.add(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """The group's prompt counts as used, and its place at the gate is free for the next one."""
+        self.buffer.drop(ticket.id)
+        self.state.consumed.append(ticket.position)
+        self._gate.set()
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         publishing: asyncio.Task[dict[str, float]] | None = None
@@ -133,7 +145,7 @@ class Loop:
                 await publishing
             busy = time.monotonic() - began
             metrics |= {"learner/wait_share": waited / busy, "time/step_s": busy}
-            metrics |= _batch_metrics(batch, self.state.version - 1)
+            metrics |= _batch_metrics(batch, self.state.version - 1) | self.informative.metrics()
             await self.on_step(self.state, metrics)
         if publishing is not None:
             await publishing

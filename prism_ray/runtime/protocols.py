@@ -37,7 +37,10 @@ class Judge(Protocol):
     """What turns a group of rollouts into verdicts: discriminator or verifier."""
 
     async def judge(self, ticket: Ticket) -> Ticket:
-        """Judge the group; the returned ticket refers to a `Group` with verdicts."""
+        """Judge the group; the returned ticket refers to a `Group` with verdicts.
+
+        Dynamic sampling needs, in its stats, the ranges that `config.runtime.LOWEST` describes.
+        """
         ...
 
     async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:

@@ -92,9 +92,10 @@ class _Rooms:
         phase, settings = self.phase, self.session.settings
         found = checkpoint.latest(self.state_folder)
         self.state = found or LoopState()
+        longest = phase.settings.response_limit(settings.rollout)
         recipe = Recipe(
             phase.settings.advantage,
-            phase.settings.objective,
+            phase.settings.objective.model_copy(update={"max_response_tokens": longest}),
             phase.settings.correction,
             settings.rollout.temperature,
             settings.learner.micro_batch_tokens,
@@ -102,14 +103,15 @@ class _Rooms:
         self.judge = await phase.make_judge()
         self._built.append(self.judge)
         limit = settings.rollout.max_prompt_tokens
-        self.learner = await LearnerGroup.create(phase.start, settings.learner, recipe, limit, phase.updates)
+        learner = phase.settings.optimiser.over(settings.learner, phase.updates)
+        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates)
         self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)
             await self.learner.load(folder / "learner")
             if isinstance(self.judge, Stateful):
                 await self.judge.load(folder / "judge")
-        self.engines = await self.session.engines(phase.start, self.state.version)
+        self.engines = await self.session.engines(phase.start, self.state.version, longest)
         if found is not None:
             await self.engines.publish(await self.learner.weights(), self.state.version)
         self.keeper = JournalKeeper(self.journal_folder, settings.journal, timeout_s=120.0)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prism_ray.config.learner import LearnerSettings, OptimiserSettings
+from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.load import to_yaml
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.run import STAGES, RunSettings
@@ -49,12 +49,14 @@ def stages_of(session: Session) -> dict[str, Stage]:
     s = session.settings
     base = {"model": s.model, "base": s.base, "policy": s.policy, "seed": s.seed, **_trained_by(s.trainer)}
     base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
-    sampling = _what_shapes(s.rollout) | {"seed": s.seed, "optimiser": _optimiser(s.learner)}
+    sampling = _what_shapes(s.rollout) | {"seed": s.seed}
     judge = {"discriminator": s.discriminator.model_dump(exclude={"timeout_s", "micro_batch_tokens"})}
-    align = {"align": _phase(s.align), "corpus": _corpus(session, "align"), **judge, **sampling}
-    rlvr = {"rlvr": _phase(s.rlvr), "corpus": _corpus(session, "rlvr"), "verify": s.verify.environment, **sampling}
-    supervised = {"seed": s.seed, **_trained_by(s.trainer)}
     full = s.align.updates + s.rlvr.updates
+    align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
+    tasks = {"corpus": _corpus(session, "rlvr"), "verify": s.verify.environment, **sampling}
+    rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
+    rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
+    supervised = {"seed": s.seed, **_trained_by(s.trainer)}
     evaluated = tuple(name for name in LABELS if name in s.stages) or ("sft",)
     runs: dict[str, tuple[tuple[str, ...], dict[str, Any], Any]] = {
         "base": ((), base, lambda: _base(session)),
@@ -76,7 +78,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
         ),
         "align": (("sft", "warmup"), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
-        "rlvr-sft": (("sft",), rlvr | {"updates": full}, lambda: _rlvr(session, "rlvr-sft", "sft", full)),
+        "rlvr-sft": (("sft",), rlvr_only, lambda: _rlvr(session, "rlvr-sft", "sft", full)),
         "references": (
             ("sft",),
             supervised | {"references": s.references, "corpus": _corpus(session, "align")},
@@ -185,6 +187,13 @@ def _testbed_corpora(session: Session) -> dict[str, Path]:
     return files
 
 
+_NOT_SHAPING = {
+    "ranks", "cpus_per_rank", "gpus_per_rank", "micro_batch_tokens", "gradient_checkpointing", "zero_stage", "offload",
+    "timeout_s", "max_skipped",
+}  # fmt: skip
+"""Settings of the learner that say where and how fast it computes, not what."""
+
+
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
     """The rollout settings that change what is sampled, not how fast or where."""
     names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype", "kv_on_update", "seed"}
@@ -192,16 +201,15 @@ def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
 
 
 def _trained_by(trainer: TrainerSettings) -> dict[str, Any]:
-    names = {"precision", "max_prompt_tokens", "max_response_tokens"}
+    names = {"precision", "max_prompt_tokens", "max_response_tokens", "freeze"}
     return {"trainer": trainer.model_dump(mode="json", include=names)}
 
 
-def _optimiser(learner: LearnerSettings) -> dict[str, Any]:
-    return learner.model_dump(mode="json", include=set(OptimiserSettings.model_fields) - {"zero_stage"})
-
-
-def _phase(phase: PhaseSettings) -> dict[str, Any]:
-    return phase.model_dump(mode="json", exclude={"loop": {"stall_timeout_s", "checkpoint_every"}})
+def _phase(phase: PhaseSettings, learner: LearnerSettings, updates: int) -> dict[str, Any]:
+    """What shapes the policy in a phase of so many updates: its settings, and the learner's as the phase takes them."""
+    harmless = {"loop": {"stall_timeout_s", "checkpoint_every", "dynamic_sampling_limit"}, "optimiser": True}
+    trained = phase.optimiser.over(learner, updates).model_dump(mode="json", exclude=_NOT_SHAPING)
+    return {"phase": phase.model_dump(mode="json", exclude=harmless) | {"updates": updates}, "learner": trained}
 
 
 def _corpus(session: Session, name: str) -> Any:

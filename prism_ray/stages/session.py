@@ -37,14 +37,16 @@ class Session:
             return self.settings.policy.resolve()
         return self.stage_folder(stage) / "checkpoint"
 
-    async def engines(self, policy: Path, version: int = 0) -> RolloutPool:
+    async def engines(self, policy: Path, version: int = 0, max_response_tokens: int | None = None) -> RolloutPool:
         """The run's engines, holding this policy; started on first use, afterwards only given new weights (starting
-        vLLM takes longer than most of the testbed's stages)."""
+        vLLM takes longer than most of the testbed's stages). Groups are sampled with this longest response (None: that
+        of the rollout settings)."""
         if self._pool is None:
             seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
             self._pool = await RolloutPool.create(policy, seeded, version)
         else:
             await self._pool.load(policy, version)
+        self._pool.max_response_tokens = max_response_tokens
         return self._pool
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ import gymnasium
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from prism_ray.config.runtime import HIGHEST, LOWEST
 from prism_ray.config.verify import VerifySettings
 from prism_ray.records import Group, Ticket, Verdict
 
@@ -81,10 +82,13 @@ class _Verifier:
 
 
 def _stats(group: Group) -> dict[str, float]:
-    count = max(1, len(group.verdicts))
-    names = {name for v in group.verdicts for name in v.parts} | {"failed"}
-    sums = {f"verify/{name}": sum(v.parts.get(name, 0.0) for v in group.verdicts) / count for name in names}
-    return {"verify/reward": sum(v.reward for v in group.verdicts) / count} | sums
+    """Means of the reward and its parts, and their ranges for dynamic sampling; a part that is missing counts as 0."""
+    rows = [v.parts | {"reward": v.reward} for v in group.verdicts]
+    columns = {name: [row.get(name, 0.0) for row in rows] for name in {"reward", "failed"}.union(*rows)}
+    stats = {f"verify/{name}": sum(values) / max(1, len(values)) for name, values in columns.items()}
+    for name, values in columns.items():
+        stats |= {f"{LOWEST}{name}": min(values, default=0.0), f"{HIGHEST}{name}": max(values, default=0.0)}
+    return stats
 
 
 class VerifierPool:

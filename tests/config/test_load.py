@@ -23,8 +23,26 @@ class Inner(Settings):
     """Several."""
 
 
+class Checked(Settings):
+    """Fields that must agree."""
+
+    low: int = 0
+    """Least."""
+    high: int = 1
+    """Most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Checked":
+        if self.low > self.high:
+            raise ValueError("low is above high")
+        return self
+
+
 class Outer(Settings):
     """Outside."""
+
+    checked: Checked = Checked()
+    """Fields that must agree."""
 
     learner: Inner = Inner(lr=2e-3)
     """The learner."""
@@ -51,6 +69,8 @@ class Outermost(Settings):
 
     outer: Outer = Outer(learner=Inner(lr=7))
     """Holds the others."""
+    weights: dict[str, float] = {}
+    """A table."""
 
 
 def problems(**kwargs) -> list[str]:
@@ -59,8 +79,8 @@ def problems(**kwargs) -> list[str]:
     return caught.value.problems
 
 
-def write(folder: Path, text: str) -> Path:
-    path = folder / "c.yaml"
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    path = folder / name
     path.write_text(text)
     return path
 
@@ -72,6 +92,34 @@ def test_overrides_win_over_the_file_which_wins_over_defaults(tmp_path):
     assert (settings.name, settings.on, settings.maybe) == ("file", True, Inner(lr=1.0))
 
 
+def test_a_later_file_wins_setting_by_setting(tmp_path):
+    base = write(
+        tmp_path, "learner: {lr: 1, kind: online, sizes: [1, 2, 3]}\nname: base\nmaybe: {lr: 2}\n", "base.yaml"
+    )
+    over = write(tmp_path, "learner: {lr: 5, sizes: [9]}\nmaybe: null\non: true\n", "over.yaml")
+    settings = load_config(Outer, [base, over], ["learner.kind=off"])
+    assert settings.learner == Inner(lr=5, kind="off", sizes=(9,)), "a list is taken whole"
+    assert (settings.name, settings.maybe, settings.on) == ("base", None, True)
+    assert load_config(Outer, [over, base]).learner == Inner(lr=1, kind="online", sizes=(1, 2, 3))
+    assert load_config(Outer, []) == Outer()
+
+
+def test_a_table_that_is_no_section_is_taken_whole(tmp_path):
+    base, over = write(tmp_path, "weights: {a: 1, b: 2}\n", "a.yaml"), write(tmp_path, "weights: {c: 3}\n", "b.yaml")
+    assert load_config(Outermost, [base, over]).weights == {"c": 3.0}
+
+
+def test_a_problem_names_the_file_whose_value_counts(tmp_path):
+    base = write(tmp_path, "learner: {lr: -1}\nname: 3\n", "base.yaml")
+    over = write(tmp_path, "learner: {lr: -2}\n", "over.yaml")
+    found = problems(files=[base, over])
+    assert any(p.startswith(f"{over}: The setting learner.lr is -2 but should be") for p in found)
+    assert any(p.startswith(f"{base}: The setting name is 3 but should be") for p in found)
+    assert problems(files=[over], overrides=["learner.lr=-3"])[0].startswith("The setting learner.lr is -3")
+    both = problems(files=[write(tmp_path, "checked: {low: 2}\n", "x.yaml"), write(tmp_path, "checked: {high: 1}\n")])
+    assert both == [f"{tmp_path}/x.yaml, {tmp_path}/c.yaml: The setting checked cannot be used: low is above high."]
+
+
 def test_naming_one_field_of_a_section_leaves_the_others_as_the_parent_has_them():
     assert load_config(Outer) == Outer()
     assert load_config(Outer, None, ["learner.kind=online"]).learner == Inner(lr=2e-3, kind="online")
@@ -80,7 +128,7 @@ def test_naming_one_field_of_a_section_leaves_the_others_as_the_parent_has_them(
 
 def test_unknown_keys_are_named_in_full_with_the_nearest_valid_name(tmp_path):
     path = write(tmp_path, "learner: {lrr: 1}\n")
-    assert problems(path=path) == ["There is no setting learner.lrr; did you mean learner.lr?"]
+    assert problems(files=path) == [f"{path}: There is no setting learner.lrr; did you mean learner.lr?"]
     assert problems(overrides=["lr=1"]) == ["There is no setting lr; did you mean learner.lr or maybe.lr?"]
     assert problems(overrides=["lerner.kind=off"]) == ["There is no setting lerner; did you mean learner?"]
     assert problems(overrides=["maybe.kid=off"]) == ["There is no setting maybe.kid; did you mean maybe.kind?"]
@@ -102,11 +150,11 @@ def test_malformed_overrides_and_files_are_refused_with_a_cure(tmp_path):
     assert "not of the form name=value" in problems(overrides=["learner.lr"])[0]
     assert "not of the form name=value" in problems(overrides=["learner..lr=1"])[0]
     assert "not valid YAML" in problems(overrides=["name=[1"])[0]
-    assert "remove one" in problems(path=write(tmp_path, "learner: 3\n"), overrides=["learner.lr=1"])[0]
-    assert "cannot be read" in problems(path=tmp_path / "missing.yaml")[0]
-    assert "not valid YAML" in problems(path=write(tmp_path, "a: [1\n"))[0]
-    assert "holds a list" in problems(path=write(tmp_path, "- 1\n"))[0]
-    assert "'on' stands here twice" in problems(path=write(tmp_path, "on: true\non: false\n"))[0]
+    assert "remove one" in problems(files=write(tmp_path, "learner: 3\n"), overrides=["learner.lr=1"])[0]
+    assert "cannot be read" in problems(files=tmp_path / "missing.yaml")[0]
+    assert "not valid YAML" in problems(files=write(tmp_path, "a: [1\n"))[0]
+    assert "holds a list" in problems(files=write(tmp_path, "- 1\n"))[0]
+    assert "'on' stands here twice" in problems(files=write(tmp_path, "on: true\non: false\n"))[0]
     assert load_config(Outer, write(tmp_path, "# nothing\n")) == Outer()
 
 

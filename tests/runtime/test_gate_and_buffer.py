@@ -49,6 +49,69 @@ def test_any_schedule_keeps_the_bound_and_trains_each_group_once(data, step, sta
     asyncio.run(drive())
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), step=st.integers(1, 4), staleness=st.integers(0, 3))
+def test_dropped_groups_are_replaced_within_the_bound(data, step, staleness):
+    """As above, and any group may turn out to be dropped: the learner is never starved, and never trains on one."""
+
+    async def drive() -> None:
+        buffer = Buffer(step, staleness)
+        version, next_id, flying, trained, dropped = 0, 0, {}, [], []
+        for _ in range(80):
+            while len(trained) + len(flying) + buffer.ready < submission_limit(version, staleness, step):
+                buffer.start(next_id, version)
+                flying[next_id] = version
+                next_id += 1
+            if buffer.ready_for(version) and data.draw(st.booleans()):
+                batch = await buffer.take(version, 1.0)
+                assert len(batch) == step
+                assert all(version - t.oldest_version <= staleness for t in batch)
+                trained += [t.id for t in batch]
+                version += 1
+            elif flying:
+                number = data.draw(st.sampled_from(sorted(flying)))
+                if data.draw(st.booleans()):
+                    buffer.drop(number)
+                    flying.pop(number)
+                    dropped.append(number)
+                else:
+                    buffer.add(ticket(number, flying.pop(number)))
+            else:
+                assert buffer.ready_for(version), "nothing is under way and nothing may train"
+            assert len(trained) == len(set(trained))
+            assert not set(trained) & set(dropped)
+
+    asyncio.run(drive())
+
+
+def test_a_batch_that_waits_for_a_straggler_goes_on_when_the_straggler_is_dropped():
+    async def drive() -> list[int]:
+        buffer = Buffer(groups_per_step=1, max_staleness=0)
+        buffer.start(0, 0)
+        buffer.start(1, 0)
+        buffer.add(ticket(1))
+        assert not buffer.ready_for(0)
+        asyncio.get_running_loop().call_later(0.01, buffer.drop, 0)
+        return [t.id for t in await buffer.take(0, 5.0)]
+
+    assert asyncio.run(drive()) == [1]
+
+
+def test_only_silence_is_a_stall():
+    """A batch may take longer than the time-out as long as groups keep coming, or are dropped."""
+
+    async def drive() -> int:
+        buffer = Buffer(groups_per_step=4, max_staleness=0)
+        for number in range(5):
+            buffer.start(number, 0)
+        for number in range(4):
+            asyncio.get_running_loop().call_later(0.3 * (number + 1), buffer.add, ticket(number))
+        asyncio.get_running_loop().call_later(1.5, buffer.drop, 4)
+        return len(await buffer.take(0, 1.0))
+
+    assert asyncio.run(drive()) == 4
+
+
 def test_a_straggler_holds_up_only_the_batch_that_would_make_it_too_old():
     buffer = Buffer(groups_per_step=1, max_staleness=1)
     for number in range(2):

@@ -41,6 +41,7 @@ RLVR = {"rlvr", "rlvr-sft", "rlvr-references", "evaluate"}
         ("seed=1", ALL),
         ("base.clean.steps=7", ALL),
         ("trainer.precision=bfloat16", ALL),
+        ("trainer.freeze=[visual]", ALL),
         ("sft.lr=1e-4", ALL - {"base"}),
         ("testbed.sft=100", ALL - {"base"}),
         ("warmup.max_steps=30", {"warmup"} | AFTER_ALIGN),
@@ -50,6 +51,13 @@ RLVR = {"rlvr", "rlvr-sft", "rlvr-references", "evaluate"}
         ("rlvr.updates=10", RLVR),
         ("testbed.rlvr=100", RLVR),
         ("learner.lr=1e-5", {"align"} | RLVR),
+        ("learner.freeze=[visual]", {"align"} | RLVR),
+        ("align.max_response_tokens=64", AFTER_ALIGN),
+        ("align.optimiser.weight_decay=0.1", AFTER_ALIGN),
+        ("rlvr.optimiser.warmup_steps=2", RLVR),
+        ("rlvr.optimiser.lr=2e-4", set()),
+        ("rlvr.loop.dynamic_sampling=accuracy", RLVR),
+        ("rlvr.loop.dynamic_sampling_limit=20", set()),
         ("references.steps=3", {"references", "rlvr-references", "evaluate"}),
         ("evaluate.prompts=3", {"evaluate"}),
         ("testbed.evaluate_unseen=3", {"evaluate"}),
@@ -58,6 +66,7 @@ RLVR = {"rlvr", "rlvr-sft", "rlvr-references", "evaluate"}
         ("rlvr.loop.checkpoint_every=3", set()),
         ("learner.timeout_s=9", set()),
         ("learner.cpus_per_rank=0.5", set()),
+        ("learner.micro_batch_tokens=99", set()),
         ("discriminator.timeout_s=9", set()),
         ("verify.timeout_s=9", set()),
         ("corpora.look_ahead=9", set()),
@@ -68,6 +77,13 @@ RLVR = {"rlvr", "rlvr-sft", "rlvr-references", "evaluate"}
 def test_a_setting_makes_run_again_what_depends_on_it_and_nothing_else(keys, override, again):
     before, after = keys(), keys(override, *(["trainer.zero_stage=1"] if "bfloat16" in override else []))
     assert {name for name in before if before[name] != after[name]} == again
+
+
+def test_a_learning_rate_that_a_phase_overrides_does_not_make_it_run_again(keys):
+    own = ("rlvr.optimiser.lr=1e-5",)
+    before, after = keys(*own), keys(*own, "learner.lr=3e-5")
+    assert {name for name in before if before[name] != after[name]} == {"align", "rlvr", "evaluate"}
+    assert before["rlvr-sft"] == after["rlvr-sft"]
 
 
 def test_other_contents_of_the_users_own_file_are_noticed(keys, tmp_path):

@@ -25,5 +25,14 @@ class SilentEnvironment(ResponseEnvironment):
         return {}, 1.0, True, False, {"accuracy": 1.0}
 
 
+class ParityEnvironment(ResponseEnvironment):
+    """Right if the text has an odd number of letters: what an untrained model gets right half the time."""
+
+    def verify(self, text, prompt):
+        right = float(len(text) % 2)
+        return Reward(right, right, 1.0, True)
+
+
+gymnasium.register(id="prism-test/Parity-v0", entry_point=ParityEnvironment)
 gymnasium.register(id="prism-test/Faulty-v0", entry_point=FaultyEnvironment)
 gymnasium.register(id="prism-test/Silent-v0", entry_point=SilentEnvironment)

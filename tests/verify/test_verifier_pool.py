@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import ray
 
+from prism_ray.config.runtime import HIGHEST, LOWEST, LoopSettings
 from prism_ray.config.verify import VerifySettings
 from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.response import render
+from prism_ray.runtime.informative import Informative
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.verify.pool import VerifierPool
 
@@ -43,6 +45,17 @@ def test_group_is_judged():
     assert judged.stats["verify/accuracy"] == pytest.approx(1 / 3)
     assert judged.stats["verify/format"] == pytest.approx(2 / 3)
     assert judged.stats["rollout/tokens"] == 9.0
+
+
+def test_the_ticket_tells_how_far_apart_the_verdicts_of_its_group_are():
+    """What `loop.dynamic_sampling` looks at."""
+    mixed, _ = judge(ANSWER, render("c", "t", "5"), render("c", "t", "6"))
+    wrong, _ = judge(ANSWER, render("c", "t", "6"), render("c", "t", "7"))
+    settings = LoopSettings(dynamic_sampling="accuracy")
+    assert (mixed.stats[f"{LOWEST}accuracy"], mixed.stats[f"{HIGHEST}accuracy"]) == (0.0, 1.0)
+    assert (mixed.stats[f"{LOWEST}reward"], mixed.stats[f"{HIGHEST}reward"]) == pytest.approx((0.2, 1.0))
+    assert mixed.stats[f"{LOWEST}format"] == mixed.stats[f"{HIGHEST}format"] == 1.0
+    assert Informative(settings).keeps(mixed) and not Informative(settings).keeps(wrong)
 
 
 @pytest.mark.parametrize(("text", "reason"), [("hang", "took longer than 5 s"), ("crash", "verifier crashed")])
