@@ -7,14 +7,12 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
-_TIED = "lm_head.weight"
+from prism_ray.models.load import HEAD, as_filed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,7 +47,8 @@ def write_shared(weights: Mapping[str, np.ndarray], shapes: Shapes, label: str) 
     missing, unknown or misshapen, because an engine that got only a part of its weights would go on with the rest.
     The caller removes the file.
     """
-    tensors = {name: _as_filed(name, weight) for name, weight in weights.items() if name in shapes or name != _TIED}
+    kept = {name: as_filed(name, weight) for name, weight in weights.items() if name in shapes or name != HEAD}
+    tensors = {name: np.ascontiguousarray(weight) for name, weight in kept.items()}
     check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, label)
     file = shared_folder() / f"prism_ray_{os.getpid()}_{uuid.uuid4().hex}.safetensors"
     try:
@@ -68,13 +67,8 @@ def check_complete(given: Shapes, expected: Shapes, label: str) -> None:
     A tied output layer may be given or left out.
     """
     for name in sorted(given.keys() | expected.keys()):
-        if given.get(name) == expected.get(name) or (name == _TIED and name not in given):
+        if given.get(name) == expected.get(name) or (name == HEAD and name not in given):
             continue
         wrong = "is missing" if name not in given else f"has shape {given[name]}"
         wanted = f"the engine expects {expected[name]}" if name in expected else "the engine does not know it"
         raise ValueError(f"{label}: tensor {name} {wrong}, {wanted}; give all weights of its own policy")
-
-
-def _as_filed(name: str, weight: Any) -> np.ndarray:
-    """Published files hold experts transposed to how transformers keeps them in memory; vLLM reads the former."""
-    return np.ascontiguousarray(weight.swapaxes(1, 2) if name.endswith(_EXPERTS) else weight)
