@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prism_ray.config.discriminator import SCORING_FIELDS, DiscriminatorSettings
-from prism_ray.discriminator.objective import clip_head, debiased
+from prism_ray.discriminator.objective import clip_head
 from prism_ray.discriminator.segments import VIEW_NAMES, JudgedBatch
 from prism_ray.models.forward import final_hidden
 from prism_ray.models.load import load_policy, save_policy
@@ -67,7 +67,6 @@ class Discriminator(nn.Module):
         if self.settings.likelihood_weight:
             likelihood_B = _likelihood(self.backbone, hidden_BTD, judged)
         score_B = self.settings.head_weight * head_B + self.settings.likelihood_weight * likelihood_B
-        score_B = debiased(score_B, judged.scored_BR.sum(1), self.settings.length_debias)
         return Scores(score_B, head_B, likelihood_B)
 
 
