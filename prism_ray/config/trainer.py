@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from prism_ray.config.base import Settings
+from prism_ray.config.learner import NamePattern
 
 
 class TrainerSettings(Settings):
@@ -25,6 +26,9 @@ class TrainerSettings(Settings):
     """What DeepSpeed divides among the ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; bfloat16 needs a zero_stage of 1 or more, which keeps float32 master weights."""
+    freeze: tuple[NamePattern, ...] = ()
+    """Regular expressions of the policy's parameter names that no supervised stage trains; PRISM's SFT freezes the
+    vision tower and its projector: `^model\\.visual\\.`. Nothing by default, since the tiny model starts untrained."""
     max_prompt_tokens: int = Field(default=256, ge=1)
     """Tokens of a prompt, image tokens included, above which its row is quarantined."""
     max_response_tokens: int = Field(default=256, ge=1)

@@ -6,6 +6,7 @@ Groups stay in the object store: a rank receives references and fetches its own 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import socket
 from collections.abc import Sequence
@@ -19,13 +20,18 @@ from ray.exceptions import RayActorError
 
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.learner.engine import TrainEngine, init_process_group
-from prism_ray.learner.step import Outcome, Recipe, figures, prepare, update
+from prism_ray.learner.policy import reference_policy, trainable_policy
+from prism_ray.learner.step import Outcome, Recipe, figures, update
+from prism_ray.learner.work import prepare
 from prism_ray.models.encode import Encoder
-from prism_ray.models.load import load_policy, save_weights
+from prism_ray.models.load import save_weights
+from prism_ray.models.packing import balance
 from prism_ray.records import Group
 from prism_ray.runtime.protocols import Ticket
 
 TAG = "policy"
+
+log = logging.getLogger(__name__)
 
 
 class LearnerRank:
@@ -45,17 +51,18 @@ class LearnerRank:
     def connect(self, host: str, port: int, total_steps: int | None) -> None:
         """Join the process group and build the engine."""
         init_process_group(self.rank, self.settings.ranks, host, port, self.settings.timeout_s)
-        model = load_policy(self.folder)
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = trainable_policy(self.folder, self.settings)
         self.engine = TrainEngine(model, self.settings, total_steps)
+        self.reference = None
+        if self.recipe.objective.kl_coef:
+            sampling = self.recipe.temperature, self.encoder.banned_ids
+            self.reference = reference_policy(self.folder, self.engine, self.settings, *sampling)
 
     def update(self, refs: list[Any], version: int) -> Outcome:
         """This rank's share of an update, given as references to groups."""
         groups: list[Group] = ray.get(refs, timeout=self.settings.timeout_s)
-        longest = self.recipe.objective.max_response_tokens
-        work = prepare(groups, self.encoder, self.recipe.advantage, longest)
-        return update(self.engine, work, self.recipe, version, self.encoder.banned_ids)
+        work = prepare(groups, self.encoder)
+        return update(self.engine, work, self.recipe, version, self.encoder.banned_ids, self.reference)
 
     def weights(self) -> tuple[dict[str, np.ndarray], bool]:
         """The weights (of rank 0; the others take part and return nothing) and a word that they are there.
@@ -89,7 +96,7 @@ class LearnerGroup:
 
     def __init__(self, ranks: list[Any], settings: LearnerSettings) -> None:
         self.ranks, self.settings = ranks, settings
-        self._skipped = 0
+        self._skipped = self._skipped_in_a_row = 0
 
     @classmethod
     async def create(
@@ -118,17 +125,40 @@ class LearnerGroup:
         return group
 
     async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
-        """One optimiser step on judged groups, from `version` to `version + 1`. Returns metrics."""
+        """One optimiser step on judged groups, from `version` to `version + 1`. Returns metrics.
+
+        A step whose gradient is not finite changes nothing: it is counted and logged with the trajectories at fault.
+        Too many in a row are a RuntimeError.
+        """
         shares = split_by_tokens(tickets, len(self.ranks))
         calls = [
             rank.update.remote([ticket.ref for ticket in share], version)
             for rank, share in zip(self.ranks, shares, strict=True)
         ]
-        metrics = figures(await self._wait("update", calls))
-        self._skipped += int(metrics["policy/skipped"])
+        outcomes = await self._wait("update", calls)
+        metrics = figures(outcomes)
+        self._count_skipped(outcomes, version)
         metrics["policy/skipped_total"] = float(self._skipped)
         metrics["staleness/max"] = float(max(version - ticket.oldest_version for ticket in tickets))
         return metrics
+
+    def _count_skipped(self, outcomes: list[Outcome], version: int) -> None:
+        if not outcomes[0].skipped:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        suspects = [name for outcome in outcomes for name in outcome.suspects]
+        whose = "; not finite are the log-probs, or their gradients, of " + ", ".join(suspects[:8])
+        if not suspects:
+            whose = "; every trajectory's own log-probs and gradients are finite, so it overflowed inside the network"
+        more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
+        log.warning("update %d is skipped: its gradient is not finite%s%s", version + 1, whose, more)
+        if self._skipped_in_a_row > self.settings.max_skipped:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} updates in a row had gradients that are not finite (learner.max_skipped = "
+                f"{self.settings.max_skipped}){whose}{more}; lower learner.lr, or look at those trajectories"
+            )
 
     async def weights(self) -> Any:
         """A reference to `dict[str, np.ndarray]`, by the policy's own parameter names, whole."""
@@ -182,7 +212,7 @@ def _absolute(folder: str | Path) -> str:
 
 
 def split_by_tokens(tickets: Sequence[Ticket], ranks: int) -> list[list[Ticket]]:
-    """Whole groups for each rank with about equal response tokens: the largest first, each to the least loaded rank.
+    """Whole groups for each rank, with about equal tokens to compute.
 
     Within a rank groups are ordered by id, so that an update does not depend on who finished first.
     """
@@ -190,10 +220,5 @@ def split_by_tokens(tickets: Sequence[Ticket], ranks: int) -> list[list[Ticket]]
         raise ValueError(
             f"{len(tickets)} groups cannot be split over {ranks} ranks; lower learner.ranks or raise groups_per_step"
         )
-    shares: list[list[Ticket]] = [[] for _ in range(ranks)]
-    loads = [(0, 0, rank) for rank in range(ranks)]
-    for ticket in sorted(tickets, key=lambda t: (-t.tokens, t.id)):
-        tokens, count, rank = min(loads)
-        shares[rank].append(ticket)
-        loads[rank] = (tokens + ticket.tokens, count + 1, rank)
-    return [sorted(share, key=lambda t: t.id) for share in shares]
+    ordered = sorted(tickets, key=lambda t: t.id)
+    return [[ordered[i] for i in part] for part in balance([t.total_tokens for t in ordered], ranks)]

@@ -59,7 +59,8 @@ class PolicyBatch:
 
     `logp_BT` current (with gradient), `behaviour_BT` the engine's, `advantage_BT`, `mask_BT` response tokens,
     `versions_BT` the policy version of each token, `version` the learner's before this update; `proximal_BT` the
-    learner's before the update (where `needs_proximal_forward`), `reference_BT` a frozen policy's (where kl_coef > 0).
+    learner's before the update (where `needs_proximal_forward`), `reference_BT` a frozen policy's (where kl_coef > 0);
+    `entropy_BT` entropies in nats (with gradient, where entropy_coef > 0).
     """
 
     logp_BT: Tensor
@@ -70,6 +71,7 @@ class PolicyBatch:
     version: int
     proximal_BT: Tensor | None = None
     reference_BT: Tensor | None = None
+    entropy_BT: Tensor | None = None
 
 
 def count_denominators(mask_BT: Tensor) -> Denominators:
@@ -199,7 +201,12 @@ def policy_loss(
             raise ValueError("objective.kl_coef is set but the batch has no reference log-probs; set it to 0")
         kl_BT = kl_estimate(logp_BT, batch.reference_BT, mask_BT, objective.kl_estimator)
         kl = aggregate(kl_BT, batch.mask_BT, *reduction)
-        loss = loss + objective.kl_coef * kl
+        if objective.kl_in == "loss":
+            loss = loss + objective.kl_coef * kl
+    if objective.entropy_coef:
+        if batch.entropy_BT is None:
+            raise ValueError("objective.entropy_coef is set but the batch has no entropies; set it to 0")
+        loss = loss - objective.entropy_coef * aggregate(batch.entropy_BT, batch.mask_BT, *reduction)
     sums |= {"kl_reference": kl.detach().double(), "loss": loss.detach().double()}
     return loss, sums
 

@@ -10,23 +10,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings, check_together
-from prism_ray.learner.advantages import Judged, credit_tokens, estimate
-from prism_ray.learner.correction import needs_proximal_forward
+from prism_ray.config.objective import (
+    AdvantageSettings,
+    CorrectionSettings,
+    ObjectiveSettings,
+    check_kl,
+    check_together,
+)
+from prism_ray.learner.correction import needs_proximal_forward, usable_tokens
 from prism_ray.learner.diagnostics import merge, summarise
+from prism_ray.learner.kl import kl_estimate
 from prism_ray.learner.objective import Denominators, PolicyBatch, count_denominators, count_weights, policy_loss
-from prism_ray.models.batch import Batch, Sample, microbatches
-from prism_ray.models.encode import EncodedPrompt, Encoder
+from prism_ray.learner.work import Means, Work
+from prism_ray.models.batch import Batch, microbatch_count, packed_microbatches
 from prism_ray.models.logprobs import response_logprobs
-from prism_ray.records import Group, Rollout, Verdict
-from prism_ray.response import locate
 
-Means = dict[str, tuple[float, float]]
-"""Metric name -> (sum, count), so that those of ranks add up."""
+ReferencePolicy = Callable[[Batch], Tensor]
+"""Log-probs [B, R] of a batch's responses under a frozen policy, sampled as ours; without gradient."""
 
 
 class Engine(Protocol):
@@ -54,95 +57,55 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_together(self.objective, self.correction)
-        if self.objective.kl_coef:
-            raise ValueError("objective.kl_coef: the learner holds no reference policy; set it to 0")
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """N responses to learn from: their samples, and per response token [N, R] the behaviour log-prob, the advantage and
-    the policy version that sampled it; `mask_NR` marks real tokens."""
-
-    samples: list[Sample]
-    behaviour_NR: Tensor
-    advantage_NR: Tensor
-    versions_NR: Tensor
-    mask_NR: Tensor
-    means: Means
+        check_kl(self.objective, self.advantage)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank's share of an update was: diagnostic sums, means, and the optimiser's report."""
+    """What one rank's share of an update was: diagnostic sums, means, and the optimiser's report.
+
+    `suspects` name the trajectories whose log-probs or their gradients were not finite.
+    """
 
     sums: dict[str, float]
     means: Means
     grad_norm: float
     lr: float
     skipped: bool
+    suspects: tuple[str, ...] = ()
 
 
-def prepare(groups: Sequence[Group], encoder: Encoder, advantage: AdvantageSettings, max_response_tokens: int) -> Work:
-    """The groups' rollouts as samples with advantages.
-
-    Raises ValueError for an empty batch, a group without verdicts, or one whose engine saw other prompt tokens than the
-    learner will (then no log-prob would be comparable).
-    """
-    if not groups:
-        raise ValueError("an update needs at least one group; the batch is empty")
-    encoded = encoder.prompts([group.prompt for group in groups])
-    rows = [(g, p, t.rollout, t.verdict) for g, p in zip(groups, encoded, strict=True) for t in g.trajectories]
-    for group, prompt, rollout, _ in rows:
-        _check(group, prompt, rollout)
-    rollouts, verdicts = [r for _, _, r, _ in rows], [v for *_, v in rows]
-    lengths = [len(r.token_ids) for r in rollouts]
-    judged = _judged([g.id for g, *_ in rows], verdicts, lengths)
-    spans = [locate([encoder.pieces[i] for i in r.token_ids]).spans for r in rollouts]
-    advantage_NR = credit_tokens(estimate(judged, advantage, max_response_tokens), spans, lengths)
-    return Work(
-        samples=[Sample(p, torch.from_numpy(r.token_ids.astype(np.int64))) for _, p, r, _ in rows],
-        behaviour_NR=_padded([r.logp.astype(np.float32) for r in rollouts]),
-        advantage_NR=advantage_NR,
-        versions_NR=_padded([r.versions.astype(np.int64) for r in rollouts]),
-        mask_NR=torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
-        means=_reward_means(groups, rollouts, verdicts),
-    )
-
-
-def update(engine: Engine, work: Work, recipe: Recipe, version: int, banned_ids: Sequence[int]) -> Outcome:
+def update(
+    engine: Engine,
+    work: Work,
+    recipe: Recipe,
+    version: int,
+    banned_ids: Sequence[int],
+    reference: ReferencePolicy | None = None,
+) -> Outcome:
     """One optimiser step from `version`; every rank calls it with its own work.
 
     Losses are divided by denominators counted over all ranks, so neither the split into micro-batches nor that over
-    ranks changes the result. `banned_ids` are the tokens that were never sampled.
+    ranks changes the result. `banned_ids` are the tokens that were never sampled; `reference` is needed where the
+    objective has a `kl_coef`.
     """
-    batches = [b.to(engine.device) for b in microbatches(work.samples, recipe.micro_batch_tokens)]
-    missing = int(engine.over_ranks([len(batches)], "max")[0]) - len(batches) if engine.equal_forwards else 0
-    score = _Scorer(engine, recipe.temperature, banned_ids)
-    mine = count_denominators(work.mask_NR)
-    proximal: list[Tensor | None] = [None] * len(batches)
-    if needs_proximal_forward(recipe.objective, recipe.correction):
-        with torch.no_grad():
-            proximal = [score(batch)[0] for batch in [*batches, *batches[:1] * missing]]
-        if recipe.correction.normalise:
-            mine = mine + _weight_sums(work, batches, proximal, recipe)
-    denominators = _over_ranks(engine, mine)
+    share = _Share(engine, work, recipe, version, banned_ids)
+    share.look_ahead(reference)
     sums, entropy = [], 0.0
-    for batch, proximal_BR in zip(batches, proximal, strict=False):
-        logp_BR, entropy_BR = score(batch, entropy=True)
-        inputs = _policy_batch(work, batch, logp_BR, proximal_BR, version)
-        loss, part = policy_loss(inputs, denominators, recipe.objective, recipe.correction)
+    for index in range(len(share.batches)):
+        loss, part, entropy_sum = share.loss(index)
         engine.backward(loss)
         sums.append(part)
-        entropy += float(entropy_BR.sum())
-    for _ in range(missing):
-        engine.backward(0.0 * score(batches[0])[0].sum())
+        entropy += entropy_sum
+    for _ in range(share.missing):
+        engine.backward(share.nothing())
     report = engine.step()
     tokens = float(work.mask_NR.sum())
     means = work.means | {"policy/entropy": (entropy, tokens), "staleness/mean": _staleness(work, version)}
-    padded = sum(b.padded_tokens for b in batches)
-    means["learner/padding"] = (padded - sum(s.length for s in work.samples), padded)
+    means["learner/packing_efficiency"] = share.efficiency()
     flat = {name: float(value) for name, value in merge(sums).items()}
-    return Outcome(flat, means, report.grad_norm, report.lr, report.skipped)
+    suspects = share.suspects() if report.skipped else ()
+    return Outcome(flat, means, report.grad_norm, report.lr, report.skipped, suspects)
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -162,91 +125,123 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return result if first.skipped else result | {"policy/grad_norm": first.grad_norm}
 
 
-class _Scorer:
-    """Log-probs of a batch under the engine's module, as the rollouts' sampling defines them."""
+class _Share:
+    """One rank's share of an update while it is computed: packed micro-batches, and what is known of each."""
 
-    def __init__(self, engine: Engine, temperature: float, banned_ids: Sequence[int]) -> None:
-        self.engine, self.temperature, self.banned_ids = engine, temperature, banned_ids
+    def __init__(self, engine: Engine, work: Work, recipe: Recipe, version: int, banned_ids: Sequence[int]) -> None:
+        self.engine, self.work, self.recipe, self.version = engine, work, recipe, version
+        self._options: dict[str, Any] = {"temperature": recipe.temperature, "banned_ids": banned_ids}
+        count = microbatch_count(work.samples, recipe.micro_batch_tokens)
+        if engine.equal_forwards:
+            count = int(engine.over_ranks([count], "max")[0])
+        packed = packed_microbatches(work.samples, recipe.micro_batch_tokens, min(count, len(work.samples)))
+        self.batches = [batch.to(engine.device) for batch in packed]
+        self.missing = count - len(self.batches)
+        """Forward passes without samples that this rank owes the others."""
+        self._not_finite: list[tuple[list[int], Tensor]] = []
 
-    def __call__(self, batch: Batch, entropy: bool = False) -> tuple[Tensor, Any]:
-        options = {"temperature": self.temperature, "entropy": entropy, "banned_ids": self.banned_ids}
-        return self.engine.run(response_logprobs, batch, **options)
+    def score(self, batch: Batch, **more: Any) -> tuple[Tensor, Any]:
+        """Log-probs of a batch under the engine's module, as the rollouts' sampling defines them."""
+        return self.engine.run(response_logprobs, batch, **self._options, **more)
 
+    def look_ahead(self, reference: ReferencePolicy | None) -> None:
+        """Everything that must be known before the first loss: proximal and reference log-probs, advantages and the
+        global denominators."""
+        recipe, work = self.recipe, self.work
+        self._proximal: list[Any] = [None] * len(self.batches)
+        self._reference: list[Any] = [None] * len(self.batches)
+        if needs_proximal_forward(recipe.objective, recipe.correction):
+            self._proximal = self._without_gradient(lambda batch: self.score(batch)[0])
+        if recipe.objective.kl_coef:
+            if reference is None:
+                raise ValueError("objective.kl_coef is set but the learner holds no reference policy; set it to 0")
+            self._reference = self._without_gradient(reference)
+        penalty_N = self._kl_penalty() if recipe.objective.kl_in == "reward" else None
+        self._advantage_NR = work.advantages(recipe.advantage, recipe.objective.max_response_tokens, penalty_N)
+        mine = count_denominators(work.mask_NR)
+        if recipe.correction.normalise:
+            mine = mine + self._weight_sums()
+        names = list(vars(mine))
+        totals = self.engine.over_ranks([getattr(mine, name) for name in names], "sum")
+        self._denominators = Denominators(**dict(zip(names, totals, strict=True)))
 
-def _policy_batch(work: Work, batch: Batch, logp_BR: Tensor, proximal_BR: Tensor | None, version: int) -> PolicyBatch:
-    def rows(values_NR: Tensor) -> Tensor:
-        return values_NR[batch.indices, : logp_BR.shape[1]].to(logp_BR.device)
+    def loss(self, index: int) -> tuple[Tensor, Any, float]:
+        """The loss of one micro-batch, its metric sums, and the sum of its entropies."""
+        logp_BR, entropy_BR = self._score_with_entropy(self.batches[index])
+        self._watch(logp_BR, self.batches[index].indices)
+        inputs = self._policy_batch(index, logp_BR, entropy_BR)
+        loss, sums = policy_loss(inputs, self._denominators, self.recipe.objective, self.recipe.correction)
+        return loss, sums, float(entropy_BR.detach().sum())
 
-    return PolicyBatch(
-        logp_BT=logp_BR,
-        behaviour_BT=rows(work.behaviour_NR),
-        advantage_BT=rows(work.advantage_NR),
-        mask_BT=batch.response_mask_BR,
-        versions_BT=rows(work.versions_NR),
-        version=version,
-        proximal_BT=proximal_BR,
-    )
+    def nothing(self) -> Tensor:
+        """A loss of 0 through the same graph as any other: the ranks' backward passes must match, step for step."""
+        logp_BR, entropy_BR = self._score_with_entropy(self.batches[0])
+        return 0.0 * (logp_BR.sum() + entropy_BR.sum())
 
+    def suspects(self) -> tuple[str, ...]:
+        """The trajectories whose log-probs, or the gradients with respect to them, were not finite."""
+        rows = {indices[i] for indices, bad_B in self._not_finite for i in bad_B.nonzero().flatten().tolist()}
+        return tuple(self.work.names[row] for row in sorted(rows))
 
-def _weight_sums(work: Work, batches: list[Batch], proximal: list[Tensor | None], recipe: Recipe) -> Denominators:
-    total = Denominators()
-    for batch, proximal_BR in zip(batches, proximal, strict=False):
-        assert proximal_BR is not None
-        inputs = _policy_batch(work, batch, proximal_BR, proximal_BR, 0)
-        total = total + count_weights(proximal_BR, inputs.behaviour_BT, inputs.mask_BT, recipe.correction)
-    return total
+    def efficiency(self) -> tuple[float, float]:
+        """Tokens of this rank, and those it could have computed while it was kept busy or waiting: the largest share
+        of any rank, forward by forward where the ranks go in step, else over the whole update."""
+        sizes = [float(batch.computed_tokens) for batch in self.batches] + [0.0] * self.missing
+        steps = sizes if self.engine.equal_forwards else [sum(sizes)]
+        return float(sum(s.length for s in self.work.samples)), sum(self.engine.over_ranks(steps, "max"))
 
+    def _score_with_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.score(batch, entropy=True, entropy_gradient=self.recipe.objective.entropy_coef > 0)
 
-def _over_ranks(engine: Engine, mine: Denominators) -> Denominators:
-    names = list(vars(mine))
-    return Denominators(**dict(zip(names, engine.over_ranks([getattr(mine, n) for n in names], "sum"), strict=True)))
+    def _without_gradient(self, function: Callable[[Batch], Tensor]) -> list[Any]:
+        with torch.no_grad():
+            values = [function(batch) for batch in [*self.batches, *self.batches[:1] * self.missing]]
+        return values[: len(self.batches)]
 
+    def _watch(self, logp_BR: Tensor, indices: list[int]) -> None:
+        """Keep what tells which rows are not finite; nothing is read here, so the device is not waited for."""
 
-def _check(group: Group, prompt: EncodedPrompt, rollout: Rollout) -> None:
-    if not np.array_equal(rollout.prompt_token_ids, prompt.token_ids.numpy()):
-        raise ValueError(
-            f"group {group.id}: the engine saw {len(rollout.prompt_token_ids)} prompt tokens that are not the "
-            f"{len(prompt.token_ids)} of the learner's encoder; give both the same checkpoint folder"
+        def note(values_BR: Tensor) -> None:
+            self._not_finite.append((indices, ~torch.isfinite(values_BR).all(dim=1)))
+
+        note(logp_BR.detach())
+        logp_BR.register_hook(note)
+
+    def _policy_batch(self, index: int, logp_BR: Tensor, entropy_BR: Tensor | None = None) -> PolicyBatch:
+        batch = self.batches[index]
+
+        def rows(values_NR: Tensor) -> Tensor:
+            return values_NR[batch.indices, : logp_BR.shape[1]].to(logp_BR.device)
+
+        return PolicyBatch(
+            logp_BT=logp_BR,
+            behaviour_BT=rows(self.work.behaviour_NR),
+            advantage_BT=rows(self._advantage_NR),
+            mask_BT=batch.response_mask_BR,
+            versions_BT=rows(self.work.versions_NR),
+            version=self.version,
+            proximal_BT=self._proximal[index],
+            reference_BT=self._reference[index],
+            entropy_BT=entropy_BR,
         )
-    if not len(rollout.token_ids) == len(rollout.logp) == len(rollout.versions):
-        raise ValueError(f"group {group.id}: a rollout's token_ids, logp and versions differ in length")
 
+    def _kl_penalty(self) -> Tensor:
+        """[N]: the coefficient times the KL of what sampled each response from the reference, summed over tokens."""
+        objective, work = self.recipe.objective, self.work
+        penalty_N = torch.zeros(len(work.samples))
+        for batch, reference_BR in zip(self.batches, self._reference, strict=True):
+            behaviour_BR = work.behaviour_NR[batch.indices, : reference_BR.shape[1]]
+            mask_BR = usable_tokens(behaviour_BR, batch.response_mask_BR.cpu())
+            kl_BR = kl_estimate(behaviour_BR, reference_BR.cpu(), mask_BR, objective.kl_estimator)
+            penalty_N[batch.indices] = objective.kl_coef * kl_BR.sum(dim=1)
+        return penalty_N
 
-def _judged(group_ids: list[int], verdicts: list[Verdict], lengths: list[int]) -> Judged:
-    views = sorted({view for v in verdicts if v.valid for view in v.scores})
-
-    def column(of: str, view: str) -> Tensor:
-        return torch.tensor([getattr(v, of).get(view, float("nan")) if v.valid else 0.0 for v in verdicts])
-
-    return Judged(
-        rewards_N=torch.tensor([v.reward for v in verdicts], dtype=torch.float32),
-        group_ids_N=torch.tensor(group_ids),
-        valid_N=torch.tensor([v.valid for v in verdicts]),
-        lengths_N=torch.tensor(lengths),
-        scores={view: column("scores", view) for view in views},
-        reference_scores={view: column("reference_scores", view) for view in views},
-    )
-
-
-def _padded(rows: list[np.ndarray]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-
-
-def _reward_means(groups: Sequence[Group], rollouts: list[Rollout], verdicts: list[Verdict]) -> Means:
-    count = float(len(rollouts))
-    rewards = [np.array([v.reward for v in g.verdicts]) for g in groups]
-    means: Means = {
-        "reward/mean": (sum(v.reward for v in verdicts), count),
-        "reward/format": (float(sum(v.valid for v in verdicts)), count),
-        "reward/group_std": (float(sum(r.std() for r in rewards)), len(rewards)),
-        "reward/equal_groups": (float(sum(np.ptp(r) == 0 for r in rewards)), len(rewards)),
-        "rollout/response_tokens": (float(sum(len(r.token_ids) for r in rollouts)), count),
-        "rollout/truncated": (float(sum(r.finish_reason == "length" for r in rollouts)), count),
-    }
-    for part in sorted({name for v in verdicts for name in v.parts}):
-        values = [v.parts[part] for v in verdicts if part in v.parts]
-        means[f"reward/part/{part}"] = (sum(values), len(values))
-    return means
+    def _weight_sums(self) -> Denominators:
+        total = Denominators()
+        for index, proximal_BR in enumerate(self._proximal):
+            inputs = self._policy_batch(index, proximal_BR)
+            total = total + count_weights(proximal_BR, inputs.behaviour_BT, inputs.mask_BT, self.recipe.correction)
+        return total
 
 
 def _staleness(work: Work, version: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from ray import train
 
 from prism_ray.corpora.reader import reading_error
 from prism_ray.learner.engine import TrainEngine
+from prism_ray.models.adapters import freeze
 from prism_ray.models.load import load_policy, save_weights
 from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
 
@@ -46,6 +47,7 @@ class Rank:
         torch.set_num_threads(max(1, math.ceil(job.settings.cpus_per_rank)))
         dtype = torch.bfloat16 if job.settings.precision == "bfloat16" else torch.float32
         self.policy = load_policy(job.checkpoint_in, dtype)
+        freeze(self.policy, job.settings.freeze)
         self.phase, self.step, self.bad = 0, 0, 0
         self.terms = 1.0
         self.stop = False

@@ -6,11 +6,14 @@ The inputs lie in folder/inputs.pt.
 import sys
 from pathlib import Path
 
+import rank_engine
 import torch
 
-from prism_ray.config.learner import OptimiserSettings
+from prism_ray.config.learner import LearnerSettings, OptimiserSettings
 from prism_ray.learner.engine import TrainEngine, init_process_group
-from prism_ray.learner.step import prepare, update
+from prism_ray.learner.policy import reference_policy, trainable_policy
+from prism_ray.learner.step import update
+from prism_ray.learner.work import prepare
 from prism_ray.models.batch import collate
 from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy
@@ -60,16 +63,44 @@ def engines(inputs, rank, world, folder):
 
 
 def updates(inputs, rank, world, folder):
-    """One policy update for each recipe, the groups divided over the ranks as given."""
+    """Updates from the given versions for each recipe with its learner settings, the groups divided over the ranks."""
     encoder = Encoder(inputs["policy"], 100)
     results = []
-    for recipe, zero_stage in inputs["recipes"]:
-        engine = TrainEngine(load_policy(inputs["policy"]), OptimiserSettings(lr=LR, zero_stage=zero_stage))
-        work = prepare(inputs["groups"][world][rank], encoder, recipe.advantage, recipe.objective.max_response_tokens)
-        outcome = update(engine, work, recipe, 3, encoder.banned_ids)
-        results.append({"weights": engine.weights(), "outcome": outcome})
+    for recipe, settings in inputs["recipes"]:
+        settings = LearnerSettings(**({"lr": LR} | settings))
+        engine = TrainEngine(trainable_policy(inputs["policy"], settings), settings)
+        sampling = recipe.temperature, encoder.banned_ids
+        reference = None
+        if recipe.objective.kl_coef:
+            reference = reference_policy(inputs["policy"], engine, settings, *sampling)
+        work = prepare(inputs["groups"][world][rank], encoder)
+        outcomes = [update(engine, work, recipe, v, encoder.banned_ids, reference) for v in inputs["versions"]]
+        results.append({"weights": engine.weights(), "outcomes": outcomes})
         engine.destroy()
     return results
+
+
+def spoilt(inputs, rank, world, folder):
+    """An update in which a group's image is not finite, and one in which no single trajectory is at fault."""
+    encoder = Encoder(inputs["policy"], 100)
+    results = []
+    for zero_stage in (0, 2):
+        settings = LearnerSettings(lr=LR, zero_stage=zero_stage, micro_batch_tokens=inputs["micro_batch_tokens"])
+        engine = TrainEngine(trainable_policy(inputs["policy"], settings), settings)
+        work = prepare(inputs["groups"][rank], encoder)
+        spoil_images(work, inputs["spoilt_group"])
+        results.append(update(engine, work, inputs["recipe"], 3, encoder.banned_ids))
+        work = prepare(inputs["groups"][rank], encoder)
+        engine.module.model.language_model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        results.append(update(engine, work, inputs["recipe"], 3, encoder.banned_ids))
+        engine.destroy()
+    return results
+
+
+def spoil_images(work, number):
+    for name, sample in zip(work.names, work.samples, strict=True):
+        if name.startswith(f"group {number} "):
+            sample.prompt.pixel_values.fill_(float("inf"))
 
 
 def main() -> None:
@@ -77,7 +108,9 @@ def main() -> None:
     torch.set_num_threads(1)
     init_process_group(rank, world, "127.0.0.1", int(port), 60)
     inputs = torch.load(Path(folder) / "inputs.pt", weights_only=False)
-    results = {"engines": engines, "updates": updates}[scenario](inputs, rank, world, Path(folder))
+    scenarios = {"engines": engines, "updates": updates, "spoilt": spoilt}
+    scenarios |= {name: getattr(rank_engine, name) for name in ("kinds", "train", "resume")}
+    results = scenarios[scenario](inputs, rank, world, Path(folder))
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 

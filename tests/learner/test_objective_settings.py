@@ -20,7 +20,7 @@ VERSIONS = torch.randint(0, 5, (5, 7), generator=DRAW)
 
 def gradient(objective: dict, correction: dict) -> torch.Tensor:
     logp = LOGP.clone().requires_grad_()
-    batch = PolicyBatch(logp, BEHAVIOUR, ADVANTAGE, MASK, VERSIONS, 5, PROXIMAL, REFERENCE)
+    batch = PolicyBatch(logp, BEHAVIOUR, ADVANTAGE, MASK, VERSIONS, 5, PROXIMAL, REFERENCE, -logp * logp.exp())
     settings = CorrectionSettings(**correction)
     denominators = count_denominators(MASK)
     if settings.normalise:
@@ -52,6 +52,8 @@ LOSS_FIELDS = {
     "behaviour_kl": [(DPPO | {"behaviour_kl": v}, NONE) for v in (0.0, 1e-2)],
     "kl_coef": [({"kl_coef": v}, RECOMPUTE) for v in (0.0, 0.5)],
     "kl_estimator": [(KL | {"kl_estimator": v}, RECOMPUTE) for v in ("k1", "k2", "k3")],
+    "kl_in": [(KL | {"kl_in": v}, RECOMPUTE) for v in ("loss", "reward")],
+    "entropy_coef": [({"entropy_coef": v}, RECOMPUTE) for v in (0.0, 0.1)],
     "correction kind": [
         ({}, RECOMPUTE | {"kind": k})
         for k in ("none", "tis_token", "tis_sequence", "geometric", "icepop", "seq_mask_tis", "clamp", "mask")
@@ -96,8 +98,8 @@ ADVANTAGE_FIELDS = {
     "temperature": [{}, {"temperature": 0.5}],
     "invalid_offset": [{}, {"invalid_offset": 0.7}],
     "invalid_penalty": [{}, {"invalid_penalty": 0.7}],
-    "overlong_buffer": [{"estimator": "grpo", "overlong_buffer": v} for v in (0, 64)],
-    "overlong_factor": [{"estimator": "grpo", "overlong_buffer": 64, "overlong_factor": v} for v in (1.0, 0.5)],
+    "overlong_share": [{"estimator": "grpo", "overlong_share": v} for v in (0.0, 0.5)],
+    "overlong_factor": [{"estimator": "grpo", "overlong_share": 0.5, "overlong_factor": v} for v in (1.0, 0.5)],
 }
 
 
@@ -115,7 +117,7 @@ def test_every_setting_of_the_advantage_matters(field):
 REFUSED = [
     (AdvantageSettings, {"estimator": "grpo", "credit": "per_view"}, "set credit: all_tokens"),
     (AdvantageSettings, {"estimator": "grpo", "invalid_penalty": 1.0}, "remove them"),
-    (AdvantageSettings, {"overlong_buffer": 5}, "set it to 0"),
+    (AdvantageSettings, {"overlong_share": 0.5}, "set it to 0"),
     (ObjectiveSettings, {"kind": "gspo", "ratio_cap": 20.0}, "belong to kind dppo_tv"),
     (CorrectionSettings, {"kind": "tis_token", "low": 0.5}, "has no lower bound"),
     (CorrectionSettings, {"kind": "none", "high": 2.0}, "which correction none does not have"),
@@ -157,7 +159,7 @@ def test_only_recompute_needs_a_forward_and_missing_log_probs_are_named():
 RECIPES = {
     "grpo": ({"estimator": "grpo"}, {}),
     "dapo": (
-        {"estimator": "grpo", "overlong_buffer": 4096},
+        {"estimator": "grpo", "overlong_share": 0.5},
         {"clip_high": 0.28, "dual_clip": 10.0, "max_response_tokens": 8192},
     ),
     "gspo": ({"estimator": "grpo"}, {"kind": "gspo"}),

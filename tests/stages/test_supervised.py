@@ -276,3 +276,13 @@ def test_loss_counts_response_tokens_only(world):
         by_hand += torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
     assert float(total.detach()) == pytest.approx(by_hand, rel=1e-5)
     assert sum(map(responses.task.size, samples)) == sum(len(s.response_ids) for s in samples)
+
+
+def test_frozen_parameters_leave_training_as_they_came(cluster, world, tmp_path):
+    model, paths = world
+    trainer = TrainerSettings(freeze=(r"^model\.visual\.",))
+    phases = (Phase("sft", (paths["sft"],), settings(2)),)
+    train_supervised("sft", model, phases, tmp_path / "out", tmp_path / "state", trainer, CorporaSettings(), 5)
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    same = {name for name in after if torch.equal(before[name], after[name])}
+    assert same == {name for name in after if "visual." in name}

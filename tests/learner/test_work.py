@@ -1,0 +1,76 @@
+"""From groups to samples, and the rows that no update may see."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from prism_ray.config.objective import AdvantageSettings
+from prism_ray.learner.work import prepare
+
+
+@pytest.fixture(scope="module")
+def groups(make_group):
+    return [make_group(0, version=3), make_group(1, version=2), make_group(2, size=2, image=False, version=1)]
+
+
+def test_samples_carry_what_was_sampled(groups, encoder):
+    work = prepare(groups, encoder)
+    rollouts = [r for g in groups for r in g.rollouts]
+    assert len(work.samples) == len(rollouts) == 10
+    for row, rollout in enumerate(rollouts):
+        size = len(rollout.token_ids)
+        assert work.samples[row].response_ids.tolist() == rollout.token_ids.tolist()
+        assert np.array_equal(work.behaviour_NR[row, :size], rollout.logp)
+        assert work.versions_NR[row, :size].tolist() == rollout.versions.tolist()
+        assert work.mask_NR[row].sum() == size
+    assert work.samples[0].prompt is work.samples[3].prompt
+
+
+def test_views_carry_their_own_advantages(groups, encoder):
+    work = prepare(groups[:1], encoder)
+    advantage_NR = work.advantages(AdvantageSettings(), 128, None)
+    ends = encoder.tokenizer.convert_tokens_to_ids("</caption>")
+    for row in range(3):
+        ids = work.samples[row].response_ids
+        caption = int((ids == ends).nonzero()) + 1
+        values = advantage_NR[row, : len(ids)]
+        assert len(values[:caption].unique()) == len(values[caption:].unique()) == 1
+        assert values[0] != values[-1]
+    invalid = advantage_NR[3, : len(work.samples[3].response_ids)]
+    assert len(invalid.unique()) == 1 and invalid[0] < 0
+
+
+def test_an_engine_that_saw_another_prompt_is_an_error(groups, encoder):
+    other = replace(groups[0].rollouts[1], prompt_token_ids=groups[0].rollouts[1].prompt_token_ids[1:])
+    broken = replace(groups[0], rollouts=(groups[0].rollouts[0], other, *groups[0].rollouts[2:]))
+    with pytest.raises(ValueError, match="group 0: the engine saw .* prompt tokens"):
+        prepare([broken], encoder)
+
+
+def test_ragged_rollouts_are_an_error(groups, encoder):
+    other = replace(groups[0].rollouts[0], logp=groups[0].rollouts[0].logp[1:])
+    broken = replace(groups[0], rollouts=(other, *groups[0].rollouts[1:]))
+    with pytest.raises(ValueError, match="group 0: a rollout's token_ids, logp and versions differ in length"):
+        prepare([broken], encoder)
+
+
+def test_an_empty_batch_is_an_error(encoder):
+    with pytest.raises(ValueError, match="at least one group"):
+        prepare([], encoder)
+
+
+def test_an_empty_response_does_no_harm(groups, encoder):
+    none = np.zeros(0, np.int32)
+    empty = replace(groups[0].rollouts[3], token_ids=none, versions=none, logp=np.zeros(0, np.float32), text="")
+    work = prepare([replace(groups[0], rollouts=(*groups[0].rollouts[:3], empty))], encoder)
+    assert work.mask_NR[3].sum() == 0
+    assert torch.isfinite(work.advantages(AdvantageSettings(), 128, None)).all()
+
+
+def test_a_penalty_comes_off_the_reward_before_groups_are_compared(groups, encoder):
+    work, grpo = prepare(groups[:1], encoder), AdvantageSettings(estimator="dr_grpo", credit="all_tokens")
+    penalty_N = torch.tensor([0.0, 0.0, 4.0, 0.0])
+    plain, penalised = (work.advantages(grpo, 128, p)[:, 0] for p in (None, penalty_N))
+    torch.testing.assert_close(penalised - plain, torch.tensor([1.0, 1.0, -3.0, 1.0]))
