@@ -9,7 +9,7 @@ distribution: log-normal, prompts of 300 to 2000 tokens and responses of 200 to 
 deviations from the median and are clipped to), 32 prompts x 16.
 
 Speed is forward and backward of the response log-probs with the tiny model on the same samples, packed and padded
-taking turns; the fastest repetition counts. `masked` is packing by transformers' own `sdpa` with its mask of [S, S].
+taking turns; the fastest repetition counts. `masked` is packing by plain `sdpa` with a mask of [S, S].
 """
 
 from __future__ import annotations

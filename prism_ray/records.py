@@ -119,7 +119,7 @@ class Ticket:
 
     `id` is the submission number, unique in a run; `position` is the prompt's place in the stream (epoch and row, as
     the stream counts them); `oldest_version` the policy version of the group's oldest token; `tokens` the number of
-    response tokens, `total_tokens` of prompts and responses (what a learner computes); `stats` small numbers for the
+    response tokens, `total_tokens` those and the prompt's (what a learner computes); `stats` small numbers for the
     metrics.
     """
 

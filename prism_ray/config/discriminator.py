@@ -14,9 +14,82 @@ SCORING_FIELDS = (
     "likelihood_weight",
     "reasoning_context",
     "score_clip",
+    "length_debias",
     "max_segment_tokens",
 )
 """What decides a score besides the weights; a saved discriminator refuses to be loaded with other values."""
+
+
+class ReplaySettings(Settings):
+    """Older rollouts in the discriminator's updates during alignment."""
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an update's pairs that are old ones. They come on top of the new ones (0.5 doubles an update's cost;
+    halve `rollouts_per_update` to pay for it). In a replication of GAD 0.5 halved the judge's collapses; 0 as
+    published."""
+    pairs: int = Field(default=4096, ge=1)
+    """Pairs kept, the newest; their prompts, images included, stay in the discriminator's memory and checkpoints."""
+
+
+Remedy = Literal["none", "lower_rate", "raise_replay"]
+
+
+class GuardSettings(Settings):
+    """Alarms of alignment on the discriminator's running figures, per view, and what is done while they last."""
+
+    patience: int = Field(default=10, ge=1)
+    """Steps in a row after which an alarm begins, or ends: one strange batch is none."""
+    high_accuracy: float = Field(default=0.98, gt=0.5, le=1)
+    """Above this pair accuracy (`separable`) every rollout looks equally wrong, and the policy learns from noise."""
+    low_accuracy: float = Field(default=0.52, ge=0, le=1)
+    """Below this pair accuracy (`chance`) the judge has lost its way, or the policy has arrived."""
+    gap_drift: float = Field(default=5.0, gt=0)
+    """By how much the mean gap may grow over that of the first `patience` steps (`drift`). It should close; one that
+    grows for long is a judge that runs away from the policy."""
+    saturation: float = Field(default=0.5, gt=0, lt=1)
+    """Share of head outputs at the clip (`saturation`), where they have no gradient."""
+    on_separable: Remedy = "none"
+    """What is done while `separable` rings: `lower_rate` halves the discriminator's learning rate, so that the policy
+    can catch up; `raise_replay` replays `raised_replay` of old pairs."""
+    on_chance: Remedy = "none"
+    """The same while `chance` rings."""
+    on_drift: Remedy = "none"
+    """The same while `drift` rings."""
+    on_saturation: Remedy = "none"
+    """The same while `saturation` rings."""
+    raised_replay: float = Field(default=0.5, gt=0, lt=1)
+    """Share of replayed pairs while an alarm with `raise_replay` rings, in place of `replay.share`."""
+
+    def remedy(self, alarm: str) -> Remedy:
+        """The remedy of an alarm, by its name."""
+        return getattr(self, f"on_{alarm}")
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether an alarm can ask for replay, so that pairs must be kept for it."""
+        return "raise_replay" in (self.on_separable, self.on_chance, self.on_drift, self.on_saturation)
+
+
+class GateSettings(Settings):
+    """How much of a view's signal is let through to the policy, by the view's pair accuracy on rollouts that the
+    discriminator has not trained on yet."""
+
+    tolerance: float = Field(default=0.05, ge=0, lt=0.5)
+    """Up to chance (0.5) and this much above it the weight is 0: there the order of rollouts is noise."""
+    full_accuracy: float = Field(default=0.7, gt=0.5, le=1)
+    """From this pair accuracy on the weight is 1; below it falls on a line. On the testbed a gate at .6 closed too
+    late."""
+    window: int = Field(default=64, ge=1)
+    """Judged groups that the accuracy is taken over."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> GateSettings:
+        if self.full_accuracy <= 0.5 + self.tolerance:
+            raise ValueError(
+                f"discriminator.gate.full_accuracy is {self.full_accuracy} but the gate is shut up to 0.5 + tolerance "
+                f"= {0.5 + self.tolerance}; raise it, or lower the tolerance"
+            )
+        return self
 
 
 class DiscriminatorSettings(Settings):
@@ -53,6 +126,16 @@ class DiscriminatorSettings(Settings):
     score_reg: float = Field(default=1e-3, ge=0)
     """Coefficient of the mean square of the head's output (as published); keeps its level from drifting."""
 
+    length_debias: float = Field(default=0.0, ge=0)
+    """Taken off a score for each log(1 + tokens of the view), in training and in verdicts alike (published, and off in
+    its script). Raise it where the policy grows longer without growing better: it makes every word cost."""
+    margin: float = Field(default=0.0, ge=0)
+    """By how much a reference is to score above a rollout before the pair's loss falls below log 2. It keeps a gradient
+    on pairs that are told apart by a hair; 0 is the published loss."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of each pair's loss that takes the rollout for the reference. It bounds the gap that pays (0.1: at 2.2), so
+    that a judge of nearly equal texts does not run off to certainty; 0 is the published loss."""
+
     temperature: float = Field(default=3.0, gt=0)
     """A verdict's reward is the mean over views of sigmoid((score − reference's score) / temperature): bounded, so that
     one absurd response does not set the scale of its group."""
@@ -63,7 +146,26 @@ class DiscriminatorSettings(Settings):
     """How many of a group's valid rollouts are paired with the reference in one update: half of them teach as much as
     all and cost half."""
     balance_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the router's load-balancing loss in warm-up; alignment goes without, as published."""
+    """Weight of the router's load-balancing loss in warm-up."""
+    alignment_balance_coefficient: float = Field(default=0.0, ge=0)
+    """The same in alignment. 0 as published; raise it where `discriminator/router_load_max` nears 1 / `top_k`."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Discriminator updates for each of the policy's in alignment, each on the group's next `rollouts_per_update`
+    rollouts. 1 as published; how fast the two learn is also set by `optimiser.lr` here and `learner.lr` there."""
+    canary_every: int = Field(default=10, ge=1)
+    """Training steps between two checks, the first at the very start, that a reference and a rollout of the same text
+    score exactly alike. A side that is recognised by anything but its text (an end token, a cut) makes a perfect
+    judge that teaches nothing; a check costs two sequences."""
+    probe_margin: float = Field(default=0.05, ge=0, lt=0.5)
+    """A shortcut (length alone, last token alone, format alone) is warned of if its held-out pair accuracy comes within
+    this of the discriminator's."""
+    replay: ReplaySettings = ReplaySettings()
+    """Older rollouts in alignment's updates."""
+    guard: GuardSettings = GuardSettings()
+    """Alarms, and what is done while they last."""
+    gate: GateSettings | None = None
+    """Put into every verdict how much of each view's signal deserves to move the policy (`gate/<view>` of its parts).
+    Unset: no such part, and every view counts in full."""
     optimiser: OptimiserSettings = OptimiserSettings(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, grad_clip=1.0)
     """AdamW as on the testbed; a 2B judge wants a learning rate nearer 1e-6 (PRISM, arXiv 2604.28123)."""
     timeout_s: float = Field(default=600.0, gt=0)
@@ -73,6 +175,11 @@ class DiscriminatorSettings(Settings):
     def _consistent(self) -> DiscriminatorSettings:
         if self.top_k > self.experts:
             raise ValueError(f"discriminator.top_k is {self.top_k} but there are only {self.experts} experts")
+        if self.guard.may_replay and self.guard.raised_replay <= self.replay.share:
+            raise ValueError(
+                f"discriminator.guard.raised_replay is {self.guard.raised_replay}, no more than replay.share "
+                f"{self.replay.share}, so the remedy raise_replay would do nothing; raise it"
+            )
         if self.head_weight == 0 and self.likelihood_weight == 0:
             raise ValueError("discriminator.head_weight and likelihood_weight are both 0; a score needs one of them")
         return self

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prism_ray.config.discriminator import SCORING_FIELDS, DiscriminatorSettings
-from prism_ray.discriminator.objective import clip_head
+from prism_ray.discriminator.objective import clip_head, debiased
 from prism_ray.discriminator.segments import VIEW_NAMES, JudgedBatch
+from prism_ray.models.attention import IMPLEMENTATION
 from prism_ray.models.forward import final_hidden
 from prism_ray.models.load import load_policy, save_policy
 from prism_ray.models.logprobs import token_logprobs
@@ -45,6 +46,7 @@ class Discriminator(nn.Module):
     def __init__(self, backbone: Any, settings: DiscriminatorSettings) -> None:
         super().__init__()
         backbone.set_experts_implementation(settings.experts_implementation)
+        backbone.set_attn_implementation(IMPLEMENTATION)
         self.backbone = backbone
         self.settings = settings
         hidden = backbone.config.get_text_config().hidden_size
@@ -57,23 +59,23 @@ class Discriminator(nn.Module):
         return self.head.weight.device
 
     def forward(self, judged: JudgedBatch, router_logits: list[Tensor] | None = None) -> Scores:
-        """Scores of a batch; each layer's router logits [B·T, experts] are appended to `router_logits` if given."""
+        """Scores of a batch; each layer's router logits [tokens, experts] are appended to `router_logits` if given."""
         hidden_BTD = final_hidden(self.backbone, judged.batch, router_logits)
-        rows_B = torch.arange(hidden_BTD.shape[0], device=hidden_BTD.device)
-        end_BD = hidden_BTD[rows_B, judged.batch.lengths_B - 1]
+        end_BD = hidden_BTD.flatten(0, 1)[judged.batch.last_B]
         head_BV = self.head(self.dropout(end_BD)).float()
         head_B = clip_head(head_BV.gather(1, judged.view_B[:, None])[:, 0], self.settings.score_clip)
         likelihood_B = torch.zeros_like(head_B)
         if self.settings.likelihood_weight:
             likelihood_B = _likelihood(self.backbone, hidden_BTD, judged)
         score_B = self.settings.head_weight * head_B + self.settings.likelihood_weight * likelihood_B
+        score_B = debiased(score_B, judged.scored_BR.sum(1), self.settings.length_debias)
         return Scores(score_B, head_B, likelihood_B)
 
 
 def _likelihood(backbone: Any, hidden_BTD: Tensor, judged: JudgedBatch) -> Tensor:
     """Σ log p of each sequence's scored tokens, [B]; logits exist for a chunk of tokens at a time."""
     row_N, step_N = judged.scored_BR.nonzero(as_tuple=True)
-    hidden_ND = hidden_BTD[row_N, judged.batch.prompt_lengths_B[row_N] - 1 + step_N]
+    hidden_ND = hidden_BTD.flatten(0, 1)[judged.batch.predictor_BR[row_N, step_N]]
     target_N = judged.batch.response_ids_BR[row_N, step_N]
     logp_N, _ = token_logprobs(backbone.lm_head, hidden_ND, target_N)
     return logp_N.new_zeros(len(judged.view_B)).index_add(0, row_N, logp_N)

@@ -5,6 +5,7 @@ Pure functions. `P` counts pairs (one rollout and the reference of its prompt), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,22 +39,38 @@ def clip_head(head: Tensor, limit: float | None) -> Tensor:
     return head if limit is None else head.clamp(-limit, limit)
 
 
-def pair_losses(reference_P: Tensor, rollout_P: Tensor) -> Tensor:
-    """−log σ(reference − rollout) of every pair, [P]."""
-    return -F.logsigmoid(reference_P - rollout_P)
+def debiased(score_B: Tensor, length_B: Tensor, strength: float) -> Tensor:
+    """score − strength · log(1 + length): what PRISM's published code calls length debiasing. Lengths are tokens."""
+    return score_B - strength * length_B.to(score_B.dtype).log1p() if strength else score_B
 
 
-def weighted_view_loss(pairs: ViewPairs, pair_weight_P: Tensor, square_weight_P: Tensor) -> Tensor:
+def pair_losses(reference_P: Tensor, rollout_P: Tensor, margin: float = 0.0, smoothing: float = 0.0) -> Tensor:
+    """−log σ(reference − rollout − margin) of every pair, [P].
+
+    `smoothing` is the share of the loss that takes the rollout for the reference: it is least at a gap of
+    log((1 − smoothing) / smoothing) (without margin) and grows again beyond it, so that certainty is bounded.
+    """
+    losses_P = -F.logsigmoid(reference_P - rollout_P - margin)
+    if not smoothing:
+        return losses_P
+    return (1 - smoothing) * losses_P - smoothing * F.logsigmoid(rollout_P - reference_P - margin)
+
+
+def weighted_view_loss(
+    pairs: ViewPairs, pair_weight_P: Tensor, square_weight_P: Tensor, margin: float = 0.0, smoothing: float = 0.0
+) -> Tensor:
     """Σ over pairs of weight × Bradley-Terry + weight × squares of both heads: one view's share of a loss.
 
     With weights that count the whole update, micro-batches add up to `discriminator_loss`.
     """
     squares_P = pairs.reference_head_P.square() + pairs.rollout_head_P.square()
-    losses_P = pair_losses(pairs.reference_P, pairs.rollout_P)
+    losses_P = pair_losses(pairs.reference_P, pairs.rollout_P, margin, smoothing)
     return (pair_weight_P * losses_P).sum() + (square_weight_P * squares_P).sum()
 
 
-def discriminator_loss(views: Mapping[str, ViewPairs], valid_P: Tensor, score_reg: float) -> Tensor:
+def discriminator_loss(
+    views: Mapping[str, ViewPairs], valid_P: Tensor, score_reg: float, margin: float = 0.0, smoothing: float = 0.0
+) -> Tensor:
     """Σ over views of the mean Bradley-Terry loss of the valid pairs + `score_reg` × mean square of the head.
 
     The mean square runs over valid and invalid pairs, both sides, all views. Without any valid pair the pair loss is
@@ -62,7 +79,8 @@ def discriminator_loss(views: Mapping[str, ViewPairs], valid_P: Tensor, score_re
     weight_P = valid_P.to(next(iter(views.values())).reference_P.dtype)
     weight_P = weight_P / weight_P.sum().clamp(min=1)
     square_P = torch.full_like(weight_P, score_reg / (2 * len(views) * len(weight_P)))
-    loss = torch.stack([weighted_view_loss(pairs, weight_P, square_P) for pairs in views.values()]).sum()
+    losses = [weighted_view_loss(pairs, weight_P, square_P, margin, smoothing) for pairs in views.values()]
+    loss = torch.stack(losses).sum()
     if bool(valid_P.any()):
         return loss
     return loss + fallback_loss({view: pairs.reference_head_P for view, pairs in views.items()})
@@ -90,6 +108,22 @@ def pair_accuracy(reference_P: Tensor, rollout_P: Tensor, identical_P: Tensor) -
     return float((gap > 0).double().mean() + 0.5 * (gap == 0).double().mean()), count
 
 
+def calibration_error(gap_P: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of the pairs' gaps (reference − rollout), 0..1; nan without pairs.
+
+    The judge calls the higher score the reference, with confidence σ(|gap|) in 0.5..1; per bin of confidence that is
+    compared with how often it is right (a tie half the time), and the differences are averaged over the pairs.
+    """
+    if not len(gap_P):
+        return float("nan")
+    gap_P = gap_P.double()
+    confidence_P = torch.sigmoid(gap_P.abs())
+    right_P = (gap_P > 0).double() + 0.5 * (gap_P == 0).double()
+    bin_P = ((confidence_P - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    surplus_K = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_P, confidence_P - right_P)
+    return float(surplus_K.abs().sum() / len(gap_P))
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Switch-style load balancing over all layers; 1 when tokens spread evenly, `E` / `top_k` at worst.
 
@@ -105,3 +139,38 @@ def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_N: Tensor, t
     load_E = torch.einsum("lne,ln->e", chosen, weight) / total
     mass_E = torch.einsum("lne,ln->e", probs, weight) / total
     return logits.shape[-1] * (load_E * mass_E).sum(), load_E.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class RouterCounts:
+    """Sums over the tokens of each view: `routed_LVE` assignments (1 a token, shared by its experts) of each layer,
+    `entropy_V` of the routing distribution in units of log `E`, mean over layers. They add up over batches."""
+
+    routed_LVE: Tensor
+    entropy_V: Tensor
+
+    def __add__(self, other: RouterCounts) -> RouterCounts:
+        return RouterCounts(self.routed_LVE + other.routed_LVE, self.entropy_V + other.entropy_V)
+
+
+@torch.no_grad()
+def count_routing(router_logits: Sequence[Tensor], view_N: Tensor, views: int, top_k: int) -> RouterCounts:
+    """Where the router sent each view's tokens. `router_logits` holds [N, E] per layer; `view_N` is a token's view
+    from 0 to `views` - 1, or -1 for a token that is to be left out (prompts, context, padding). On the CPU."""
+    kept_N = view_N >= 0
+    logits_LNE = torch.stack(list(router_logits))[:, kept_N].float()
+    view_NV = F.one_hot(view_N[kept_N], views).float()
+    chosen_LNE = torch.zeros_like(logits_LNE)
+    chosen_LNE.scatter_(-1, logits_LNE.topk(top_k, dim=-1).indices, 1.0 / top_k)
+    log_LNE = logits_LNE.log_softmax(-1)
+    entropy_N = -(log_LNE.exp() * log_LNE).sum(-1).mean(0) / max(math.log(logits_LNE.shape[-1]), 1e-9)
+    return RouterCounts(torch.einsum("lne,nv->lve", chosen_LNE, view_NV).cpu(), (entropy_N @ view_NV).cpu())
+
+
+def view_information(routed_LVE: Tensor) -> float:
+    """Mutual information in nats of a token's view and its expert, mean over layers: 0 where experts take all views
+    alike, at most log of the number of views."""
+    joint_LVE = routed_LVE.double() / routed_LVE.double().sum((1, 2), keepdim=True).clamp(min=1e-12)
+    apart_LVE = joint_LVE.sum(2, keepdim=True) * joint_LVE.sum(1, keepdim=True)
+    ratio_LVE = torch.where(joint_LVE > 0, joint_LVE / apart_LVE.clamp(min=1e-300), 1.0)
+    return float((joint_LVE * ratio_LVE.log()).sum((1, 2)).mean())

@@ -6,6 +6,7 @@ The pool moves references and small numbers; groups stay in Ray's object store.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from prism_ray.config.discriminator import DiscriminatorSettings
+from prism_ray.discriminator.guards import Truth
+from prism_ray.discriminator.probes import Examination
 from prism_ray.discriminator.worker import DiscriminatorWorker
 from prism_ray.records import Group, Ticket
+
+log = logging.getLogger(__name__)
 
 MOST_GROUPS = 16
 """Groups in one call: enough to fill a batch, few enough that the first of them does not wait long for the last."""
@@ -41,14 +46,17 @@ class DiscriminatorPool:
         max_prompt_tokens: int,
         threads: int = 1,
         options: dict[str, Any] | None = None,
+        seed: int = 0,
+        truth: Truth | None = None,
     ) -> DiscriminatorPool:
         """Start the actor on the warmed-up discriminator in `folder` and wait until it is ready.
 
         `options` are Ray actor options (num_cpus, num_gpus, scheduling_strategy). Prompts of more than
-        `max_prompt_tokens` tokens are refused.
+        `max_prompt_tokens` tokens are refused. `seed` decides which older pairs are replayed; with `truth` the
+        metrics say whether scores agree with it.
         """
         actor = DiscriminatorWorker.options(**(options or {}))
-        pool = cls(actor.remote(str(folder), settings, max_prompt_tokens, threads), settings)
+        pool = cls(actor.remote(str(folder), settings, max_prompt_tokens, threads, seed, truth), settings)
         await pool._wait(pool.worker.version.remote(), f"load {folder}")
         return pool
 
@@ -87,19 +95,29 @@ class DiscriminatorPool:
         return [replace(ticket, ref=group, stats={**ticket.stats, **own}) for ticket, group, own in judged]
 
     async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:
-        """One update on the groups the policy of `version` is about to learn from; returns metrics."""
-        return await self._wait(self.worker.learn.remote(*[t.ref for t in tickets]), f"learn beside version {version}")
+        """Train on the groups the policy of `version` is about to learn from; returns metrics, and logs alarms."""
+        learning = self.worker.learn.remote(*[t.ref for t in tickets])
+        metrics, notices = await self._wait(learning, f"learn beside version {version}")
+        for sentence in notices:
+            log.warning("policy version %d: %s", version, sentence)
+        return metrics
 
     async def warm_up(self, groups: Sequence[Group]) -> dict[str, float]:
         """One update on these groups before alignment, with the router's load balanced; returns metrics."""
-        return await self._wait(self.worker.learn.remote(*groups, balance=True), "warm up")
+        metrics, _ = await self._wait(self.worker.learn.remote(*groups, warming=True), "warm up")
+        return metrics
 
     async def measure(self, groups: Sequence[Group]) -> dict[str, float]:
         """Gap and pair accuracy per view over these groups, without learning from them."""
         return await self._wait(self.worker.measure.remote(*groups), f"measure {len(groups)} groups")
 
+    async def examine(self, groups: Sequence[Group], worst: int) -> Examination:
+        """Accuracy, calibration and shortcuts over these groups, and the `worst` pairs of each view."""
+        call = self.worker.examine.remote(*groups, worst=worst)
+        return await self._wait(call, f"examine {len(groups)} groups")
+
     async def save(self, folder: str | Path) -> None:
-        """Write weights, optimiser and version into `folder`, for `load`."""
+        """Write weights, optimiser, version, replay buffer and what the guards know into `folder`, for `load`."""
         await self._wait(self.worker.save.remote(str(folder)), f"save into {folder}")
 
     async def load(self, folder: str | Path) -> int:

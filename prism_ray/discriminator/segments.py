@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prism_ray.config.discriminator import DiscriminatorSettings
-from prism_ray.models.batch import Batch, Sample, collate, microbatches
+from prism_ray.models.batch import Batch, Sample, collate_shared, shared_microbatches
 from prism_ray.models.encode import EncodedPrompt, Encoder
 from prism_ray.response import VIEWS, parse
 
@@ -45,6 +45,11 @@ class ViewSequence:
     def key(self) -> tuple[int, str, tuple[int, ...]]:
         """Equal for sequences that get equal scores."""
         return id(self.prompt), self.view, self.token_ids
+
+    @property
+    def sample(self) -> Sample:
+        """As a batch takes it."""
+        return Sample(self.prompt, torch.tensor(self.token_ids, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,7 @@ def view_sequences(
 
 @dataclass(frozen=True, eq=False)
 class JudgedBatch:
-    """Sequences side by side: `view_B` indexes VIEW_NAMES, `scored_BR` marks the tokens the likelihood counts."""
+    """Sequences in one batch: `view_B` indexes VIEW_NAMES, `scored_BR` marks the tokens the likelihood counts."""
 
     batch: Batch
     view_B: Tensor
@@ -92,13 +97,23 @@ class JudgedBatch:
 
 
 def judged_batch(sequences: Sequence[ViewSequence]) -> JudgedBatch:
-    """One batch of these sequences, in this order."""
-    return _judged(collate([_sample(s) for s in sequences]), sequences)
+    """One batch of these sequences, in this order. What those of a prompt begin with alike (the prompt with its image,
+    and mostly the earlier views) is computed once."""
+    return judged_of(collate_shared([s.sample for s in sequences]), sequences)
 
 
 def judged_batches(sequences: Sequence[ViewSequence], token_budget: int) -> list[JudgedBatch]:
-    """Batches of similar lengths and at most `token_budget` padded tokens; `batch.indices` says which is where."""
-    return [_judged(b, sequences) for b in microbatches([_sample(s) for s in sequences], token_budget)]
+    """Such batches of at most `token_budget` computed tokens; `batch.indices` says which sequence is where."""
+    return [judged_of(b, sequences) for b in shared_microbatches([s.sample for s in sequences], token_budget)]
+
+
+def judged_of(batch: Batch, sequences: Sequence[ViewSequence]) -> JudgedBatch:
+    """A batch, of any layout, of the samples of some of these sequences, with what the judge must know of them."""
+    rows = [sequences[i] for i in batch.indices]
+    start_B, stop_B = torch.tensor([[s.start, s.stop] for s in rows]).T
+    steps_R = torch.arange(batch.response_mask_BR.shape[1])
+    scored_BR = (steps_R >= start_B[:, None]) & (steps_R < stop_B[:, None])
+    return JudgedBatch(batch, torch.tensor([VIEW_NAMES.index(s.view) for s in rows]), scored_BR)
 
 
 def distinct(sequences: Sequence[ViewSequence]) -> tuple[list[ViewSequence], list[int]]:
@@ -113,15 +128,3 @@ def distinct(sequences: Sequence[ViewSequence]) -> tuple[list[ViewSequence], lis
             rows[sequence.key] = len(unique)
             unique.append(sequence)
     return unique, [rows[s.key] for s in sequences]
-
-
-def _sample(sequence: ViewSequence) -> Sample:
-    return Sample(sequence.prompt, torch.tensor(sequence.token_ids, dtype=torch.int64))
-
-
-def _judged(batch: Batch, sequences: Sequence[ViewSequence]) -> JudgedBatch:
-    rows = [sequences[i] for i in batch.indices]
-    start_B, stop_B = torch.tensor([[s.start, s.stop] for s in rows]).T
-    steps_R = torch.arange(batch.response_mask_BR.shape[1])
-    scored_BR = (steps_R >= start_B[:, None]) & (steps_R < stop_B[:, None])
-    return JudgedBatch(batch, torch.tensor([VIEW_NAMES.index(s.view) for s in rows]), scored_BR)

@@ -23,7 +23,8 @@ class Judged:
     """What the judge said of N responses.
 
     `rewards_N` and `lengths_N` (response tokens) serve the reward estimators, `scores` and `reference_scores` (view ->
-    [N]) the view estimators; an invalid response's scores are never read. `valid_N` is bool.
+    [N]) the view estimators; an invalid response's scores are never read. `valid_N` is bool. `gates` (view -> [N], in
+    0..1, the same for a whole group) say how much of a view's signal counts; a view without one counts in full.
     """
 
     rewards_N: Tensor
@@ -32,6 +33,7 @@ class Judged:
     lengths_N: Tensor
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     reference_scores: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +247,11 @@ def _from_views(judged: Judged, settings: AdvantageSettings) -> Advantages:
     for view in weights:
         _require_scores("scores", view, judged.scores, valid_N)
     if settings.estimator == "prism_paper":
+        if any(bool((gate_N != 1).any()) for gate_N in judged.gates.values()):
+            raise ValueError(
+                "advantage.estimator prism_paper normalises the sum of the views, which undoes discriminator.gate; set "
+                "prism_code or bounded_views, or unset the gate"
+            )
         return Advantages(prism_paper(judged.scores, weights, groups_N, valid_N, offset, penalty), valid_N)
     scores = judged.scores
     if settings.estimator == "bounded_views":
@@ -252,6 +259,7 @@ def _from_views(judged: Judged, settings: AdvantageSettings) -> Advantages:
             _require_scores("reference_scores", view, judged.reference_scores, valid_N)
         scores = {v: bounded_view_reward(scores[v], judged.reference_scores[v], settings.temperature) for v in weights}
     views = normalised_views(scores, weights, groups_N, valid_N, offset)
+    views = {v: values_N * judged.gates.get(v, 1.0) for v, values_N in views.items()}
     combined_N = _combine(views, weights, valid_N, penalty)
     if not settings.per_view:
         return Advantages(combined_N, valid_N)

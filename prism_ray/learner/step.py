@@ -25,7 +25,7 @@ from prism_ray.learner.diagnostics import merge, summarise
 from prism_ray.learner.kl import kl_estimate
 from prism_ray.learner.objective import Denominators, PolicyBatch, count_denominators, count_weights, policy_loss
 from prism_ray.learner.work import Means, Work
-from prism_ray.models.batch import Batch, microbatch_count, packed_microbatches
+from prism_ray.models.batch import Batch, shared_microbatch_count, shared_microbatches
 from prism_ray.models.logprobs import response_logprobs
 
 ReferencePolicy = Callable[[Batch], Tensor]
@@ -126,16 +126,17 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 class _Share:
-    """One rank's share of an update while it is computed: packed micro-batches, and what is known of each."""
+    """One rank's share of an update while it is computed: micro-batches that compute a common prompt once, and what is
+    known of each."""
 
     def __init__(self, engine: Engine, work: Work, recipe: Recipe, version: int, banned_ids: Sequence[int]) -> None:
         self.engine, self.work, self.recipe, self.version = engine, work, recipe, version
         self._options: dict[str, Any] = {"temperature": recipe.temperature, "banned_ids": banned_ids}
-        count = microbatch_count(work.samples, recipe.micro_batch_tokens)
+        count = shared_microbatch_count(work.samples, recipe.micro_batch_tokens)
         if engine.equal_forwards:
             count = int(engine.over_ranks([count], "max")[0])
-        packed = packed_microbatches(work.samples, recipe.micro_batch_tokens, min(count, len(work.samples)))
-        self.batches = [batch.to(engine.device) for batch in packed]
+        cut = shared_microbatches(work.samples, recipe.micro_batch_tokens, min(count, len(work.samples)))
+        self.batches = [batch.to(engine.device) for batch in cut]
         self.missing = count - len(self.batches)
         """Forward passes without samples that this rank owes the others."""
         self._not_finite: list[tuple[list[int], Tensor]] = []
@@ -184,11 +185,11 @@ class _Share:
         return tuple(self.work.names[row] for row in sorted(rows))
 
     def efficiency(self) -> tuple[float, float]:
-        """Tokens of this rank, and those it could have computed while it was kept busy or waiting: the largest share
-        of any rank, forward by forward where the ranks go in step, else over the whole update."""
+        """Tokens this rank computed, and those it could have computed while it was kept busy or waiting: the largest
+        share of any rank, forward by forward where the ranks go in step, else over the whole update."""
         sizes = [float(batch.computed_tokens) for batch in self.batches] + [0.0] * self.missing
         steps = sizes if self.engine.equal_forwards else [sum(sizes)]
-        return float(sum(s.length for s in self.work.samples)), sum(self.engine.over_ranks(steps, "max"))
+        return sum(sizes), sum(self.engine.over_ranks(steps, "max"))
 
     def _score_with_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.score(batch, entropy=True, entropy_gradient=self.recipe.objective.entropy_coef > 0)

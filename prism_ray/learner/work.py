@@ -95,6 +95,7 @@ def _judged(group_ids: list[int], verdicts: list[Verdict], lengths: list[int]) -
         lengths_N=torch.tensor(lengths),
         scores={view: column("scores", view) for view in views},
         reference_scores={view: column("reference_scores", view) for view in views},
+        gates={view: torch.tensor([v.parts.get(f"gate/{view}", 1.0) for v in verdicts]) for view in views},
     )
 
 

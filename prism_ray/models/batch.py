@@ -1,13 +1,16 @@
-"""Samples side by side, padded on the right, or packed one after another; images of a shared prompt are held once.
+"""Samples in one of three layouts: rows padded on the right, one packed row, or one packed row that shares beginnings.
 
 Right padding with a causal mask needs no attention mask: no real token can see a padded one. A packed row has no
-padding at all; `Batch.segments` tells attention where samples end.
+padding at all; `Batch.segments` tells attention who sees whom. Where beginnings are shared, whatever samples of one
+prompt have in common (prompt, images, first tokens of the response) is computed once: a hidden state depends on nothing
+but what stands before it. Images of a shared prompt are held once in every layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prism_ray.models.attention import Segments
 from prism_ray.models.encode import EncodedPrompt
-from prism_ray.models.packing import pack
+from prism_ray.models.packing import pack, pack_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +38,20 @@ class Sample:
 class Batch:
     """B samples and their responses, the latter always padded to R tokens.
 
-    `input_ids_BT` and `position_ids_3BT` (time, height, width) hold the samples as rows padded to T tokens; in a packed
-    batch as a single row [1, S] without padding, and `segments` says how it is made up. Sample b has `lengths_B[b]`
-    tokens from flat position `starts_B[b]` of [B·T] or [S], the first `prompt_lengths_B[b]` of them its prompt;
-    `response_ids_BR` with `response_mask_BR` (bool). `pixel_values` and `grid_thw` are those of the distinct prompts'
-    images; visual token v sits at flat position `visual_positions_V[v]` (ascending) and takes row
-    `visual_sources_V[v]` of the merged image features. `indices` says which of the samples given each one is.
+    `input_ids_BT` and `position_ids_3BT` (time, height, width) hold the samples as rows padded to T tokens, with
+    `real_mask_BT` (bool); or as a single row [1, S] without padding, and `segments` says how it is made up. Flat
+    positions are those of [B·T] or [S]: the state at `predictor_BR[b, r]` predicts response token r of sample b, and
+    its last token (the prompt's if there is no response) is at `last_B[b]`. `response_ids_BR` with `response_mask_BR`
+    (bool). `pixel_values` and `grid_thw` are those of the distinct prompts' images; visual token v sits at
+    `visual_positions_V[v]` (ascending) and takes row `visual_sources_V[v]` of the merged image features. `indices` says
+    which of the samples given each one is.
     """
 
     input_ids_BT: Tensor
     position_ids_3BT: Tensor
-    starts_B: Tensor
-    lengths_B: Tensor
-    prompt_lengths_B: Tensor
+    real_mask_BT: Tensor
+    predictor_BR: Tensor
+    last_B: Tensor
     response_ids_BR: Tensor
     response_mask_BR: Tensor
     pixel_values: Tensor
@@ -68,13 +72,6 @@ class Batch:
         """Tokens that go through the model, padding included."""
         return self.input_ids_BT.numel()
 
-    @property
-    def real_mask_BT(self) -> Tensor:
-        """True where a token is not padding; [1, S] in a packed batch."""
-        if self.segments is not None:
-            return torch.ones_like(self.input_ids_BT, dtype=torch.bool)
-        return torch.arange(self.input_ids_BT.shape[1], device=self.lengths_B.device) < self.lengths_B[:, None]
-
 
 def collate(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
     """One padded batch of these samples, in this order; `indices` default to 0, 1, …
@@ -84,17 +81,30 @@ def collate(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> 
     """
     tokens, positions = _rows(samples)
     input_ids_BT = pad_sequence(tokens, batch_first=True)
-    position_ids_3BT = pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).contiguous()
-    starts_B = torch.arange(len(samples)) * input_ids_BT.shape[1]
-    return _batch(samples, input_ids_BT, position_ids_3BT, starts_B, indices, None)
+    width = input_ids_BT.shape[1]
+    lengths_B = torch.tensor([len(ids) for ids in tokens])
+    return _batch(
+        samples,
+        input_ids_BT=input_ids_BT,
+        position_ids_3BT=pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).contiguous(),
+        real_mask_BT=torch.arange(width) < lengths_B[:, None],
+        paths=[torch.arange(b * width, b * width + len(ids)) for b, ids in enumerate(tokens)],
+        holders=range(len(samples)),
+        indices=indices,
+    )
 
 
 def collate_packed(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
     """One packed batch of these samples, in this order: a row without padding; `indices` default to 0, 1, …"""
-    tokens, positions = _rows(samples)
-    segments = Segments.of([len(ids) for ids in tokens])
-    starts_B = segments.offsets[:-1].long()
-    return _batch(samples, torch.cat(tokens)[None], torch.cat(positions, dim=1)[:, None], starts_B, indices, segments)
+    return _collate_row(samples, [(i, 0) for i in range(len(samples))], indices)
+
+
+def collate_shared(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
+    """One packed batch in which what samples of the same prompt object begin with is computed once.
+
+    Exact, gradients included: those of a shared token are the sum over its samples. `indices` default to 0, 1, …
+    """
+    return _collate_row(samples, _chain(samples), indices)
 
 
 def microbatch_count(samples: Sequence[Sample], token_budget: int) -> int:
@@ -110,6 +120,21 @@ def packed_microbatches(samples: Sequence[Sample], token_budget: int, count: int
     """
     bins = pack([s.length for s in samples], token_budget, count)
     return [collate_packed([samples[i] for i in members], members) for members in bins]
+
+
+def shared_microbatch_count(samples: Sequence[Sample], token_budget: int) -> int:
+    """How many micro-batches of at most `token_budget` computed tokens these samples make if they share beginnings."""
+    return len(_pack_shared(samples, token_budget, None))
+
+
+def shared_microbatches(samples: Sequence[Sample], token_budget: int, count: int | None = None) -> list[Batch]:
+    """Batches that share beginnings, of at most `token_budget` computed tokens (a longer sample gets its own).
+
+    Samples of one prompt lie together as far as they fit. `count` is that of `packed_microbatches`, here with
+    `shared_microbatch_count`; `Batch.indices` leads back to the input order.
+    """
+    bins = _pack_shared(samples, token_budget, count)
+    return [collate_shared([samples[i] for i in members], members) for members in bins]
 
 
 def microbatches(samples: Sequence[Sample], token_budget: int) -> list[Batch]:
@@ -140,26 +165,81 @@ def _rows(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
     return tokens, positions
 
 
+def _chain(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """The samples in an order in which each has the most in common with the one before it: prompt by prompt, and by
+    their tokens; with each, how many of its first tokens are those of the one before it."""
+    prompts: dict[int, int] = {}
+    keys = [(prompts.setdefault(id(s.prompt), len(prompts)), s.response_ids.tolist()) for s in samples]
+    order = sorted(range(len(samples)), key=keys.__getitem__)
+    chain = [(i, 0) for i in order]
+    for at, (before, now) in enumerate(pairwise(order), start=1):
+        if keys[before][0] == keys[now][0]:
+            chain[at] = (now, len(samples[now].prompt.token_ids) + _common(keys[before][1], keys[now][1]))
+    return chain
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
+def _pack_shared(samples: Sequence[Sample], token_budget: int, count: int | None) -> list[list[int]]:
+    chain = _chain(samples)
+    runs = pack_chain([samples[i].length for i, _ in chain], [common for _, common in chain], token_budget, count)
+    return [sorted(chain[at][0] for at in run) for run in runs]
+
+
+def _collate_row(samples: Sequence[Sample], chain: Sequence[tuple[int, int]], indices: Sequence[int] | None) -> Batch:
+    """One row: of each sample in the order of the chain, the tokens that the one before it does not have."""
+    tokens, positions = _rows(samples)
+    paths = [torch.zeros(0, dtype=torch.int64)] * len(samples)
+    new_tokens, new_positions, prefixes = [], [], []
+    path, size = paths[0], 0
+    for i, common in chain:
+        prefix, new = path[:common], len(tokens[i]) - common
+        path = paths[i] = torch.cat((prefix, torch.arange(size, size + new)))
+        size += new
+        if new:
+            new_tokens.append(tokens[i][common:])
+            new_positions.append(positions[i][:, common:])
+            prefixes.append(prefix)
+    input_ids_BT = torch.cat(new_tokens)[None]
+    return _batch(
+        samples,
+        input_ids_BT=input_ids_BT,
+        position_ids_3BT=torch.cat(new_positions, dim=1)[:, None],
+        real_mask_BT=torch.ones_like(input_ids_BT, dtype=torch.bool),
+        paths=paths,
+        holders=[i for i, common in chain if not common],
+        indices=indices,
+        segments=Segments(tuple(len(ids) for ids in new_tokens), tuple(prefixes)),
+    )
+
+
 def _batch(
     samples: Sequence[Sample],
     input_ids_BT: Tensor,
     position_ids_3BT: Tensor,
-    starts_B: Tensor,
+    real_mask_BT: Tensor,
+    paths: list[Tensor],
+    holders: Sequence[int],
     indices: Sequence[int] | None,
-    segments: Segments | None,
+    segments: Segments | None = None,
 ) -> Batch:
-    """What both layouts have in common."""
-    prompt_lengths_B = torch.tensor([len(s.prompt.token_ids) for s in samples])
+    """What all layouts have in common: `paths` are the flat positions of each sample's tokens; `holders`, ascending in
+    them, are the samples whose prompts are computed."""
+    predictors = [p[len(s.prompt.token_ids) - 1 : -1] for s, p in zip(samples, paths, strict=True)]
     response_lengths_B = torch.tensor([len(s.response_ids) for s in samples])
     response_ids_BR = pad_sequence([s.response_ids for s in samples], batch_first=True)
-    distinct, rows = _distinct_prompts(samples)
-    positions_V, sources_V = _visual_tokens(distinct, rows, starts_B)
+    distinct, rows = _distinct_prompts([samples[i] for i in holders])
+    positions_V, sources_V = _visual_tokens(distinct, rows, [paths[i] for i in holders])
     return Batch(
         input_ids_BT=input_ids_BT,
         position_ids_3BT=position_ids_3BT,
-        starts_B=starts_B,
-        lengths_B=prompt_lengths_B + response_lengths_B,
-        prompt_lengths_B=prompt_lengths_B,
+        real_mask_BT=real_mask_BT,
+        predictor_BR=pad_sequence(predictors, batch_first=True),
+        last_B=torch.stack([path[-1] for path in paths]),
         response_ids_BR=response_ids_BR,
         response_mask_BR=torch.arange(response_ids_BR.shape[1]) < response_lengths_B[:, None],
         pixel_values=torch.cat([p.pixel_values for p in distinct]),
@@ -182,12 +262,12 @@ def _distinct_prompts(samples: Sequence[Sample]) -> tuple[list[EncodedPrompt], l
     return distinct, [seen[id(s.prompt)] for s in samples]
 
 
-def _visual_tokens(distinct: list[EncodedPrompt], rows: list[int], starts_B: Tensor) -> tuple[Tensor, Tensor]:
+def _visual_tokens(distinct: list[EncodedPrompt], rows: list[int], paths: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Flat positions [V] of the visual tokens and the rows [V] of the merged features that belong there."""
     spots = [p.visual_spots for p in distinct]
     first = [0]
     for spot in spots:
         first.append(first[-1] + len(spot))
-    positions = [spots[row] + start for row, start in zip(rows, starts_B.tolist(), strict=True)]
+    positions = [path[spots[row]] for row, path in zip(rows, paths, strict=True)]
     sources = [torch.arange(first[row], first[row + 1]) for row in rows]
     return torch.cat(positions), torch.cat(sources)

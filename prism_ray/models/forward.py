@@ -38,7 +38,7 @@ def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = 
         embeds_BTD = embeds_BTD + _blank_image(inner.visual, batch.pixel_values)
     if router_logits is not None:
         options["output_router_logits"] = True
-    output = inner.language_model(inputs_embeds=embeds_BTD, attention_mask=None, use_cache=False, **options)
+    output = inner.language_model(inputs_embeds=embeds_BTD, use_cache=False, **options)
     if router_logits is not None:
         router_logits.extend(output.router_logits)
     return output.last_hidden_state
@@ -47,16 +47,17 @@ def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = 
 def _seen(language_model: Any, batch: Batch) -> dict[str, Any]:
     """The positions of the tokens, and what keeps packed samples from seeing each other.
 
-    That is `segments` for our own attention; every other implementation reads it off a fourth row of positions that
-    starts anew with each sample, and `sdpa` then makes a mask of [S, S].
+    That is `segments` for our own attention; every other implementation is given a mask of [S, S].
     """
+    options: dict[str, Any] = {"position_ids": batch.position_ids_3BT, "attention_mask": None}
     if batch.segments is None:
-        return {"position_ids": batch.position_ids_3BT}
+        return options
     if uses_packed(language_model):
-        return {"position_ids": batch.position_ids_3BT, "segments": batch.segments}
-    firsts_S = batch.starts_B.repeat_interleave(batch.lengths_B, output_size=batch.computed_tokens)
-    text_11S = (torch.arange(batch.computed_tokens, device=firsts_S.device) - firsts_S)[None, None]
-    return {"position_ids": torch.cat((text_11S, batch.position_ids_3BT))}
+        return options | {"segments": batch.segments}
+    hidden_SS = ~batch.segments.mask()
+    dtype = language_model.dtype
+    lowest = torch.finfo(dtype).min
+    return options | {"attention_mask": hidden_SS.to(dtype).masked_fill(hidden_SS, lowest)[None, None]}
 
 
 def _put(embeds_BTD: Tensor, positions_V: Tensor, features_VD: Tensor) -> Tensor:

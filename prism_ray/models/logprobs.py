@@ -74,11 +74,8 @@ def token_logprobs(
 
 
 def predicting_rows(hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Hidden states [N, D] that predict the N response tokens, sample by sample of the batch, padded or packed."""
-    last_B = batch.starts_B + batch.prompt_lengths_B - 1
-    steps_R = torch.arange(batch.response_mask_BR.shape[1], device=hidden_BTD.device)
-    rows_N = (last_B[:, None] + steps_R)[batch.response_mask_BR]
-    return hidden_BTD.flatten(0, 1).index_select(0, rows_N)
+    """Hidden states [N, D] that predict the N response tokens, sample by sample of the batch, in any layout."""
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.predictor_BR[batch.response_mask_BR])
 
 
 def _score(

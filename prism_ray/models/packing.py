@@ -31,6 +31,27 @@ def pack(lengths: Sequence[int], token_budget: int, bins: int | None = None) -> 
     return _split(tight, lengths, bins or len(tight))
 
 
+def pack_chain(lengths: Sequence[int], common: Sequence[int], token_budget: int, bins: int | None = None) -> Bins:
+    """Like `pack`, where samples share tokens: the first `common[i]` of sample i are those of sample i - 1 and cost
+    nothing beside it. Bins are runs of neighbours, so that they cost what their first sample does and what is new in
+    the others; as few as runs can be, and the fullest as little full as it can be with so many.
+    """
+    fewest = len(_runs(lengths, common, token_budget))
+    if bins is not None and not min(1, len(lengths)) <= bins <= len(lengths):
+        raise ValueError(f"{len(lengths)} samples cannot fill {bins} bins; ask for one to {len(lengths)}")
+    if bins is not None and bins < fewest:
+        raise ValueError(f"{bins} bins of {token_budget} tokens do not hold the samples; ask for {fewest}")
+    count = fewest if bins is None else bins
+    capacities = range(1, token_budget + 1)
+    least = bisect.bisect_left(capacities, True, key=lambda c: len(_runs(lengths, common, c)) <= count)
+    runs = _runs(lengths, common, capacities[least])
+    while len(runs) < count:
+        widest = max((r for r in runs if len(r) > 1), key=lambda r: _run_load(r, lengths, common))
+        runs.remove(widest)
+        runs += _halves(widest, lengths, common)
+    return [list(r) for r in sorted(runs, key=lambda r: (-_run_load(r, lengths, common), r.start))]
+
+
 def balance(sizes: Sequence[int], parts: int) -> Bins:
     """Every index of `sizes` in one of `parts` parts of about equal sums, the fullest first; deterministic.
 
@@ -62,6 +83,30 @@ def efficiency(ranks: Sequence[Sequence[int]], tokens: int) -> float:
 def fill(tokens: int, bins: int, token_budget: int) -> float:
     """Share of the budget that holds real tokens: `tokens / (bins x token_budget)`."""
     return tokens / (bins * token_budget)
+
+
+def _runs(lengths: Sequence[int], common: Sequence[int], capacity: int) -> list[range]:
+    """Neighbours together as far as `capacity` goes: no division into runs has fewer of them."""
+    runs: list[range] = []
+    load = 0
+    for i, length in enumerate(lengths):
+        load += length - common[i]
+        if runs and load <= capacity:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+            load = length
+    return runs
+
+
+def _halves(run: range, lengths: Sequence[int], common: Sequence[int]) -> list[range]:
+    """The run cut in two where the fuller part is least full."""
+    cuts = [[range(run.start, cut), range(cut, run.stop)] for cut in run[1:]]
+    return min(cuts, key=lambda parts: max(_run_load(part, lengths, common) for part in parts))
+
+
+def _run_load(run: range, lengths: Sequence[int], common: Sequence[int]) -> int:
+    return sum(lengths[i] - common[i] for i in run) + common[run.start]
 
 
 def _emptiest_first(lengths: Sequence[int], count: int) -> Bins:

@@ -47,7 +47,7 @@ class EngineWorker:
             "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
             "rollout/mixed_share": sum(len(set(r.versions.tolist())) > 1 for r in rollouts) / len(rollouts),
         }
-        total = sum(lengths) + sum(len(r.prompt_token_ids) for r in rollouts)
+        total = sum(lengths) + len(rollouts[0].prompt_token_ids)  # a learner computes the common prompt once
         meta = {"oldest_version": group.oldest_version, "tokens": sum(lengths), "total_tokens": total, "stats": stats}
         return group, meta
 

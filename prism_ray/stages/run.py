@@ -50,7 +50,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
     base = {"model": s.model, "base": s.base, "policy": s.policy, "seed": s.seed, **_trained_by(s.trainer)}
     base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
     sampling = _what_shapes(s.rollout) | {"seed": s.seed}
-    judge = {"discriminator": s.discriminator.model_dump(exclude={"timeout_s", "micro_batch_tokens"})}
+    judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
     full = s.align.updates + s.rlvr.updates
     align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
     tasks = {"corpus": _corpus(session, "rlvr"), "verify": s.verify.environment, **sampling}
@@ -192,6 +192,8 @@ _NOT_SHAPING = {
     "timeout_s", "max_skipped",
 }  # fmt: skip
 """Settings of the learner that say where and how fast it computes, not what."""
+_WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin"}
+"""Settings of the discriminator that bound, cut or watch its work without changing it."""
 
 
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
@@ -281,7 +283,11 @@ async def _align(session: Session) -> Outcome:
 
     async def judge() -> StageJudge:
         return await DiscriminatorPool.start(
-            session.checkpoint("warmup"), settings.discriminator, settings.rollout.max_prompt_tokens
+            session.checkpoint("warmup"),
+            settings.discriminator,
+            settings.rollout.max_prompt_tokens,
+            seed=settings.seed,
+            truth=load_truth(settings.evaluate.truth),
         )
 
     async def keep_discriminator(trained: StageJudge) -> None:

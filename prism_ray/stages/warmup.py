@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from prism_ray.corpora.reader import CorpusError
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.discriminator.model import build_discriminator, save_new
 from prism_ray.discriminator.pool import DiscriminatorPool
+from prism_ray.discriminator.probes import Examination
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
 from prism_ray.response import VIEWS
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
 
@@ -26,6 +29,12 @@ log = logging.getLogger(__name__)
 MEASURE_EVERY = 2
 """Warm-up steps between two looks at the held-out pairs; a look costs a third of a step."""
 
+WORST_FILE = "worst_pairs.jsonl"
+"""In the stage's folder: of each view the held-out pairs it is most wrong about, the worst first."""
+
+WORST_PAIRS = 10
+"""How many of them per view: as many as a person looks at."""
+
 
 class WeakDiscriminator(RuntimeError):
     """The warmed-up discriminator does not tell references from rollouts well enough to train a policy on."""
@@ -34,14 +43,21 @@ class WeakDiscriminator(RuntimeError):
 async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Path]) -> Outcome:
     """Upcycle the policy to a discriminator, train it on its rollouts, and export it.
 
-    Stops early once every view's held-out pair accuracy has reached the target. Raises WeakDiscriminator where one has
-    not at the end: its noise would be normalised to full-size policy updates.
+    Stops early once every view's held-out pair accuracy has reached the target. What it has become is then examined on
+    the held-out pairs (calibration, shortcuts, the worst pairs). Raises WeakDiscriminator where a view has not reached
+    the target: its noise would be normalised to full-size policy updates.
     """
     settings = session.settings
     initial = session.stage_folder(name) / "upcycled"
     untrained = await asyncio.to_thread(build_discriminator, policy, settings.discriminator, settings.seed)
     await asyncio.to_thread(save_new, untrained, initial, policy)
-    starting = DiscriminatorPool.start(initial, settings.discriminator, settings.rollout.max_prompt_tokens)
+    starting = DiscriminatorPool.start(
+        initial,
+        settings.discriminator,
+        settings.rollout.max_prompt_tokens,
+        seed=settings.seed,
+        truth=load_truth(settings.evaluate.truth),
+    )
     engines, judge = await asyncio.gather(session.engines(policy), starting)
     stream = PromptStream(
         corpus,
@@ -91,6 +107,7 @@ async def _train(
             progress.update(step, **metrics)
             if step >= settings.min_steps and _weakest(accuracy) >= settings.target_accuracy:
                 break
+    _report(session, name, step, await judge.examine(held_out, WORST_PAIRS))
     if _weakest(accuracy) < settings.target_accuracy:
         raise WeakDiscriminator(
             f"after {step} warm-up steps the held-out pair accuracy is "
@@ -99,6 +116,23 @@ async def _train(
             "references, or lower the target knowingly"
         )
     return step
+
+
+def _report(session: Session, name: str, step: int, examination: Examination) -> None:
+    """Note what the examination found: metrics, a line per view and the warnings in the log, the worst pairs."""
+    metrics = examination.metrics
+    session.metrics.write(name, step, {k if "/probe/" in k else f"{k}_held_out": v for k, v in metrics.items()})
+    for view in VIEWS:
+        if (accuracy := metrics.get(_accuracy_of(view))) is not None:
+            error = metrics[f"discriminator/calibration_error/{view}"]
+            log.info(
+                "%s: %s pairs are ordered rightly in %.3f of the cases, calibration error %.3f",
+                name, view, accuracy, error,
+            )  # fmt: skip
+    for sentence in examination.warnings:
+        log.warning("%s: %s", name, sentence)
+    lines = "".join(json.dumps(row) + "\n" for row in examination.worst)
+    (session.stage_folder(name) / WORST_FILE).write_text(lines)
 
 
 @contextmanager

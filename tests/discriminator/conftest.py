@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import OptimiserSettings
 from prism_ray.config.models import TinyModelSettings
 from prism_ray.discriminator.model import Discriminator, build_discriminator
+from prism_ray.discriminator.trainer import DiscriminatorTrainer
+from prism_ray.learner.engine import init_process_group
 from prism_ray.models.encode import Encoder
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Group, Prompt, Rollout
@@ -83,6 +87,46 @@ def response() -> Callable[..., str]:
 
     def make(caption: str = " red one", think: str = " count one", answer: str = " one") -> str:
         return render(caption, think, answer)
+
+    return make
+
+
+@pytest.fixture(scope="package")
+def process_group():
+    """A process group of one for all of these tests: DeepSpeed remembers the first one it has met."""
+    started = not torch.distributed.is_initialized()
+    if started:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        init_process_group(0, 1, "127.0.0.1", port, timeout_s=60)
+    yield
+    if started:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def train(build, encoder, process_group) -> Callable[..., DiscriminatorTrainer]:
+    """A trainer of a fresh discriminator; keyword arguments change its settings."""
+
+    def make(**changes) -> DiscriminatorTrainer:
+        model = build(**changes)
+        return DiscriminatorTrainer(model, encoder, model.settings)
+
+    return make
+
+
+@pytest.fixture
+def groups(group_of, response):
+    """Four prompts whose reference names another thing than the rollouts; some rollouts repeat it, some are broken."""
+
+    def make(count: int = 4):
+        made = []
+        for seed in range(count):
+            reference = response(" red one two", " max one", " one")
+            texts = [response(" blue three", " max three", " three"), "broken", reference, response(" green", " two")]
+            made.append(group_of(seed, reference, *texts))
+        return made
 
     return make
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 
+from prism_ray.config.discriminator import GuardSettings
 from prism_ray.discriminator.model import load_discriminator, save_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.scorer import judge
@@ -27,8 +28,10 @@ def ticket_of(group) -> Ticket:
 
 
 def test_the_pool_judges_learns_saves_and_says_who_is_missing(
-    cluster, folder, tiny_folder, encoder, settings, group_of, response, tmp_path
+    cluster, folder, tiny_folder, encoder, settings, group_of, response, tmp_path, caplog
 ):
+    guard = GuardSettings(patience=1, high_accuracy=0.51, low_accuracy=0.52)  # one of the two rings at once
+    settings = settings.model_copy(update={"guard": guard})
     groups = [group_of(i, response(), response(" blue two"), "broken", response()) for i in range(3)]
 
     async def scenario():
@@ -38,6 +41,7 @@ def test_the_pool_judges_learns_saves_and_says_who_is_missing(
         assert isinstance(failure, RuntimeError) and "no discriminator.json" in str(failure)
         first = await asyncio.gather(*(pool.judge(ticket_of(g)) for g in groups))
         metrics = await pool.learn(first, version=0)
+        examination = await pool.examine(groups, worst=2)
         second = await pool.judge(ticket_of(groups[0]))
         await pool.save(tmp_path / "state")
         await pool.export(tmp_path / "export")
@@ -50,9 +54,12 @@ def test_the_pool_judges_learns_saves_and_says_who_is_missing(
         ray.kill(pool.worker)
         with pytest.raises(RuntimeError, match="discriminator-0 died while it was to judge group 0"):
             await pool.judge(first[0])
-        return first, metrics, second, version, back
+        return first, metrics, examination, second, version, back
 
-    first, metrics, second, version, back = asyncio.run(scenario())
+    first, metrics, examination, second, version, back = asyncio.run(scenario())
+    assert "policy version 0: discriminator alarm" in caplog.text
+    assert sum(value for name, value in metrics.items() if "/alarm/" in name) >= 1
+    assert "discriminator/calibration_error/perception" in examination.metrics and len(examination.worst) <= 4
     expected, *_ = verdicts_of(folder, encoder, groups)
     for ours, theirs in zip(fetched(first[0]), expected, strict=True):
         assert ours.valid == theirs.valid and ours.reason == theirs.reason and ours.judge_version == 0

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
 from prism_ray.discriminator.objective import ViewPairs, discriminator_loss
+from prism_ray.discriminator.pairs import pack_units, pair_units
 from prism_ray.discriminator.scorer import group_views, judged_metrics
 from prism_ray.discriminator.segments import VIEW_NAMES, judged_batch
-from prism_ray.discriminator.trainer import DiscriminatorTrainer, pack_units, pair_units
-from prism_ray.learner.engine import init_process_group
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    started = not torch.distributed.is_initialized()
-    if started:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        init_process_group(0, 1, "127.0.0.1", port, timeout_s=60)
-    yield
-    if started:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def train(build, encoder, settings):
-    def make(**changes) -> DiscriminatorTrainer:
-        model = build(**changes)
-        return DiscriminatorTrainer(model, encoder, model.settings)
-
-    return make
-
-
-@pytest.fixture
-def groups(group_of, response):
-    """Four prompts whose reference names another thing than the rollouts; some rollouts repeat it, some are broken."""
-
-    def make(count: int = 4):
-        made = []
-        for seed in range(count):
-            reference = response(" red one two", " max one", " one")
-            texts = [response(" blue three", " max three", " three"), "broken", reference, response(" green", " two")]
-            made.append(group_of(seed, reference, *texts))
-        return made
-
-    return make
+from prism_ray.discriminator.trainer import _view_of_tokens
 
 
 def test_the_first_valid_rollouts_by_index_are_paired(encoder, settings, groups):
@@ -93,7 +54,7 @@ def test_learning_raises_the_pair_accuracy_of_both_views_on_other_prompts(train,
     held_out = made[8:]
     before = judged_metrics(trainer.judge(held_out))
     for _ in range(12):
-        metrics = trainer.learn(made[:8], balance=True)
+        metrics = trainer.learn(made[:8], warming=True)
     after = judged_metrics(trainer.judge(held_out))
     for view in VIEW_NAMES:
         assert after[f"discriminator/gap/{view}"] > before[f"discriminator/gap/{view}"] + 1
@@ -139,7 +100,7 @@ def test_without_a_valid_rollout_the_update_is_nearly_nothing_but_a_step(train, 
 
 def test_balancing_adds_the_routers_loss_in_warm_up_only(train, groups):
     plain, balanced = (
-        train(head_dropout=0.0, balance_coefficient=1.0).learn(groups(), balance=b) for b in (False, True)
+        train(head_dropout=0.0, balance_coefficient=1.0).learn(groups(), warming=w) for w in (False, True)
     )
     extra = balanced["discriminator/loss"] - plain["discriminator/loss"]
     assert extra == pytest.approx(balanced["discriminator/balance_loss"], rel=1e-3)
@@ -162,3 +123,35 @@ def test_a_trainer_goes_on_from_what_it_saved(train, groups, tmp_path):
 def test_loading_from_an_empty_folder_is_refused(train, tmp_path):
     with pytest.raises(FileNotFoundError, match="discriminator_state.json"):
         train().load(tmp_path)
+
+
+def test_alignment_balances_with_its_own_coefficient(train, groups):
+    plain, balanced = (
+        train(head_dropout=0.0, balance_coefficient=5.0, alignment_balance_coefficient=c).learn(groups())
+        for c in (0.0, 1.0)
+    )
+    extra = balanced["discriminator/loss"] - plain["discriminator/loss"]
+    assert extra == pytest.approx(balanced["discriminator/balance_loss"], rel=1e-3) and extra > 0.9
+
+
+@pytest.mark.parametrize("option", [{"margin": 1.0}, {"label_smoothing": 0.2}, {"length_debias": 1.0}])
+def test_the_options_of_the_loss_reach_an_update(train, groups, option):
+    plain, changed = (train(head_dropout=0.0, **o).learn(groups()) for o in ({}, option))
+    assert changed["discriminator/loss"] != pytest.approx(plain["discriminator/loss"], rel=1e-3)
+
+
+def test_the_routers_health_is_told_per_view_and_expert_of_the_views_own_tokens(train, groups):
+    trainer = train(head_dropout=0.0)
+    metrics = trainer.learn(groups())
+    for view in VIEW_NAMES:
+        loads = [metrics[f"discriminator/router/load/{view}/{expert}"] for expert in range(4)]
+        assert sum(loads) == pytest.approx(1.0, abs=1e-5) and min(loads) >= 0
+        assert 0.0 < metrics[f"discriminator/router/entropy/{view}"] <= 1.0
+    assert 0.0 <= metrics["discriminator/router/view_information"] <= 0.6932
+    units = pair_units(group_views(groups(1), trainer.encoder, trainer.settings), 1)
+    for sequence in (s for u in units for s in u.sequences):
+        judged = judged_batch([sequence])
+        view_N = _view_of_tokens(judged)
+        marked = judged.batch.input_ids_BT.flatten()[view_N >= 0].tolist()
+        assert marked == list(sequence.token_ids[sequence.start : sequence.stop])
+        assert set(view_N.tolist()) == {-1, VIEW_NAMES.index(sequence.view)}

@@ -103,8 +103,8 @@ def test_the_likelihood_counts_the_views_own_tokens_only(encoder, prompt, respon
 def test_batches_keep_the_budget_and_cover_every_sequence_once(encoder, prompt, response, settings):
     texts = [response(think=" one" * n) for n in range(1, 9)]
     sequences = [s for t in texts for s in view_sequences(prompt, t, encoder, settings).sequences.values()]
-    batches = judged_batches(sequences, token_budget=100)
-    assert len(batches) > 1 and all(b.batch.computed_tokens <= 100 for b in batches)
+    batches = judged_batches(sequences, token_budget=40)
+    assert len(batches) > 1 and all(b.batch.computed_tokens <= 40 for b in batches)
     assert sorted(i for b in batches for i in b.batch.indices) == list(range(len(sequences)))
     for b in batches:
         wanted = [VIEW_NAMES.index(sequences[i].view) for i in b.batch.indices]

@@ -190,3 +190,24 @@ def test_vtrace_takes_empty_rows_extreme_ratios_and_garbage_in_the_padding():
     result = vtrace(log, zeros, garbage, garbage, torch.ones(3, dtype=F64), lengths, done, 0.9)
     assert torch.isfinite(result.vs_BT).all() and torch.isfinite(result.advantage_BT).all()
     assert not result.vs_BT[1].any() and not result.advantage_BT[0, 2]
+
+
+@pytest.mark.parametrize("estimator", ["prism_code", "bounded_views"])
+def test_a_gate_scales_what_its_view_contributes_and_leaves_the_others_alone(estimator):
+    config = AdvantageSettings.model_validate({"estimator": estimator})
+    half = {"perception": torch.full((4,), 0.5, dtype=F64)}
+    shut = {"perception": torch.zeros(4, dtype=F64)}
+    plain, halved, without = (estimate(judged(gates=g), config, 128) for g in ({}, half, shut))
+    torch.testing.assert_close(halved.combined_N, (plain.combined_N + without.combined_N) / 2)
+    valid = judged().valid_N
+    assert bool((plain.combined_N != without.combined_N)[valid].all())
+    for view, scale in (("perception", 0.5), ("reasoning", 1.0)) if plain.views else ():
+        torch.testing.assert_close(halved.views[view], scale * plain.views[view])
+    both = estimate(judged(gates={v: torch.zeros(4, dtype=F64) for v in config.view_weights}), config, 128)
+    assert both.combined_N[[0, 1, 3]].abs().max() == 0 and both.combined_N[2] == -config.invalid[1], "format still pays"
+
+
+def test_a_gate_where_the_sum_is_normalised_is_refused():
+    gates = {"reasoning": torch.full((4,), 0.5, dtype=F64)}
+    with pytest.raises(ValueError, match="undoes discriminator.gate"):
+        estimate(judged(gates=gates), AdvantageSettings(estimator="prism_paper", credit="all_tokens"), 128)

@@ -74,3 +74,13 @@ def test_a_penalty_comes_off_the_reward_before_groups_are_compared(groups, encod
     penalty_N = torch.tensor([0.0, 0.0, 4.0, 0.0])
     plain, penalised = (work.advantages(grpo, 128, p)[:, 0] for p in (None, penalty_N))
     torch.testing.assert_close(penalised - plain, torch.tensor([1.0, 1.0, -3.0, 1.0]))
+
+
+def test_the_gates_of_verdicts_reach_the_advantages(groups, encoder):
+    shut = [replace(v, parts={**v.parts, "gate/perception": 0.0}) for v in groups[0].verdicts]
+    config = AdvantageSettings()
+    plain, gated = (prepare([g], encoder) for g in (groups[0], groups[0].judged(shut)))
+    assert gated.judged.gates["perception"].tolist() == [0.0] * 4
+    assert gated.judged.gates["reasoning"].tolist() == [1.0] * 4
+    one, other = (w.advantages(config, 128, None) for w in (plain, gated))
+    assert bool(((one != 0) & (other == 0)).any(dim=1)[:3].all()), "perception's tokens of every valid response"

@@ -20,7 +20,7 @@ def test_rows_hold_prompt_and_response_padded_on_the_right(encoded):
     for row, s in enumerate(samples):
         whole = torch.cat((s.prompt.token_ids, s.response_ids))
         assert torch.equal(batch.input_ids_BT[row, : s.length], whole)
-        assert batch.lengths_B[row] == s.length
+        assert batch.real_mask_BT[row].sum() == s.length
         assert torch.equal(batch.response_ids_BR[row][batch.response_mask_BR[row]], s.response_ids)
     assert batch.real_mask_BT.sum() == sum(s.length for s in samples)
 
@@ -53,7 +53,7 @@ def test_microbatches_keep_the_budget_and_every_sample_once(encoded):
     assert all(b.computed_tokens <= 256 for b in batches)
     assert sorted(i for b in batches for i in b.indices) == list(range(40))
     for batch in batches:
-        assert batch.lengths_B.tolist() == [samples[i].length for i in batch.indices]
+        assert batch.real_mask_BT.sum(1).tolist() == [samples[i].length for i in batch.indices]
     padding = sum(b.computed_tokens for b in batches) / sum(s.length for s in samples)
     assert padding < 1.3
 
@@ -78,24 +78,21 @@ def test_a_packed_row_holds_what_padded_rows_hold_without_the_padding(encoded):
     assert packed.real_mask_BT.all() and packed.real_mask_BT.shape == packed.input_ids_BT.shape
     assert torch.equal(packed.input_ids_BT[0], padded.input_ids_BT[real])
     assert torch.equal(packed.position_ids_3BT[:, 0], padded.position_ids_3BT[:, real])
-    for name in (
-        "response_ids_BR",
-        "response_mask_BR",
-        "lengths_B",
-        "prompt_lengths_B",
-        "visual_sources_V",
-        "grid_thw",
-    ):
+    for name in ("response_ids_BR", "response_mask_BR", "visual_sources_V", "grid_thw"):
         assert torch.equal(getattr(packed, name), getattr(padded, name)), name
     for batch in (packed, padded):
         ids = batch.input_ids_BT.flatten()
-        assert [int(i) for i in ids[batch.starts_B]] == [int(s.prompt.token_ids[0]) for s in samples]
+        assert torch.equal(
+            ids[batch.last_B], torch.stack([torch.cat((s.prompt.token_ids, s.response_ids))[-1] for s in samples])
+        )
+        before = [torch.cat((s.prompt.token_ids[-1:], s.response_ids))[:-1] for s in samples]
+        assert torch.equal(ids[batch.predictor_BR[batch.response_mask_BR]], torch.cat(before))
         assert set(ids[batch.visual_positions_V].tolist()) == {int(encoded[1].token_ids[encoded[1].visual_spots[0]])}
     assert packed.indices == [7, 5, 3, 1]
 
 
 def test_a_batch_moves_as_a_whole(encoded):
     batch = collate_packed([sample(encoded[0], 3), sample(encoded[1], 5)]).to("meta")
-    assert {batch.input_ids_BT.device.type, batch.starts_B.device.type, batch.segments.offsets.device.type} == {"meta"}
+    assert {batch.input_ids_BT.device.type, batch.last_B.device.type, batch.segments.offsets.device.type} == {"meta"}
     assert batch.indices == [0, 1]
     assert collate([sample(encoded[0], 3)]).to("meta").segments is None

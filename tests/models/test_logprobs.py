@@ -20,6 +20,11 @@ def batch(encoder, prompts):
     return collate([Sample(encoded[p], torch.randint(260, 300, (n,), generator=generator)) for p, n in sizes])
 
 
+def prompt_length(batch, b):
+    """Of row b of a padded batch."""
+    return int(batch.real_mask_BT[b].sum() - batch.response_mask_BR[b].sum())
+
+
 def naive(model, batch, temperature=1.0, banned=()):
     """All logits at once, then picked row by row."""
     logits = model.lm_head(final_hidden(model, batch)) / temperature
@@ -27,11 +32,10 @@ def naive(model, batch, temperature=1.0, banned=()):
     logp_BTV = logits.log_softmax(-1)
     logp_BR = torch.zeros(batch.response_ids_BR.shape)
     entropy_BR = torch.zeros(batch.response_ids_BR.shape)
-    for b in range(len(batch.lengths_B)):
-        for r in range(int(batch.lengths_B[b] - batch.prompt_lengths_B[b])):
-            row = logp_BTV[b, int(batch.prompt_lengths_B[b]) - 1 + r]
-            logp_BR[b, r] = row[batch.response_ids_BR[b, r]]
-            entropy_BR[b, r] = torch.distributions.Categorical(logits=row).entropy()
+    for b, r in batch.response_mask_BR.nonzero().tolist():
+        row = logp_BTV[b, prompt_length(batch, b) - 1 + r]
+        logp_BR[b, r] = row[batch.response_ids_BR[b, r]]
+        entropy_BR[b, r] = torch.distributions.Categorical(logits=row).entropy()
     return logp_BR, entropy_BR
 
 
@@ -67,7 +71,7 @@ def test_gradients_of_entropies_equal_the_naive_form(policy, batch, chunk, encod
     ours = {n: p.grad.clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
     logits = (policy.lm_head(final_hidden(policy, batch)) / 0.7).index_fill(2, torch.tensor(banned), -1e9)
-    rows = [(b, int(batch.prompt_lengths_B[b]) - 1 + r) for b, r in batch.response_mask_BR.nonzero().tolist()]
+    rows = [(b, prompt_length(batch, b) - 1 + r) for b, r in batch.response_mask_BR.nonzero().tolist()]
     expected = torch.stack([torch.distributions.Categorical(logits=logits[b, t]).entropy() for b, t in rows])
     (expected * weights[batch.response_mask_BR]).sum().backward()
     torch.testing.assert_close(entropy[batch.response_mask_BR], expected, atol=1e-5, rtol=1e-5)

@@ -35,6 +35,7 @@ def test_a_group_has_n_complete_rollouts(run, pool, ask, reference, settings):
     assert [r.index for r in group.rollouts] == list(range(settings.group_size))
     assert done.tokens == sum(len(r.token_ids) for r in group.rollouts)
     encoded = reference.encoder.prompt(prompt).token_ids.tolist()
+    assert done.total_tokens == done.tokens + len(encoded)
     for r in group.rollouts:
         assert r.prompt_id == "p7" and r.prompt_token_ids.tolist() == encoded
         assert len(r.token_ids) == len(r.logp) == len(r.versions) <= settings.max_response_tokens

@@ -16,7 +16,9 @@ def ticket(number: int) -> Ticket:
     ids = np.arange(3, dtype=np.int32)
     rollout = Rollout(f"p{number}", 0, ids, ids, np.zeros(3, np.float32), ids, "text", "stop")
     group = Group(number, Prompt(f"p{number}", ()), (rollout,)).judged([Verdict(0.5, True)])
-    return Ticket(number, f"p{number}", 10 + number, ray.put(group), oldest_version=2, tokens=3, stats={"a": 1.0})
+    return Ticket(
+        number, f"p{number}", 10 + number, ray.put(group), oldest_version=2, tokens=3, total_tokens=9, stats={"a": 1.0}
+    )
 
 
 def test_judged_groups_survive_the_process_until_they_are_consumed(cluster, tmp_path):

@@ -1,0 +1,146 @@
+"""Warm-up on a real discriminator's actor, with hand-written rollouts in place of the engines'."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prism_ray.config.load import load_config
+from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.run import RunSettings
+from prism_ray.discriminator.model import build_discriminator, save_new
+from prism_ray.discriminator.pool import DiscriminatorPool
+from prism_ray.discriminator.probes import PROBES
+from prism_ray.models.tiny import build_tiny
+from prism_ray.records import Group, Prompt, Rollout
+from prism_ray.report.metrics import MetricsLog, read_metrics
+from prism_ray.report.summary import Summary
+from prism_ray.response import VIEWS, render
+from prism_ray.stages.session import Session
+from prism_ray.stages.warmup import WORST_FILE, WeakDiscriminator, _train
+from prism_ray.verify.answer import truth_of
+
+REFERENCE = render(" red one two", " max one", " one")
+SMALL = [
+    "warmup.prompts_per_step=4", "warmup.rollouts=2", "warmup.held_out_prompts=6", "warmup.max_steps=6",
+    "warmup.min_steps=2", "discriminator.optimiser.lr=3e-3", "discriminator.micro_batch_tokens=512",
+]  # fmt: skip
+
+
+class HandWritten:
+    """Rollouts shorter than the reference in every view, or all equal to it."""
+
+    def __init__(self, same: bool) -> None:
+        self.same = same
+
+    async def sample(self, prompts: list[Prompt], count: int) -> list[Group]:
+        texts = (
+            (REFERENCE, REFERENCE) if self.same else (render(" red", " max", " two"), render(" red two", "", " two"))
+        )
+        none, logp = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return [
+            Group(n, p, tuple(Rollout(p.id, i, none, none, logp, none, texts[i], "stop") for i in range(count)))
+            for n, p in enumerate(prompts)
+        ]
+
+
+class Endless:
+    """Prompts one after the other."""
+
+    taken = 0
+
+    async def take(self) -> tuple[str, int, Any]:
+        pixels = np.random.default_rng(self.taken).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "PNG")
+        messages = ({"role": "user", "content": "<image> count red"},)
+        prompt = Prompt(f"prompt-{self.taken}", messages, (data.getvalue(),), REFERENCE, ground_truth="one")
+        self.taken += 1
+
+        async def ref() -> Prompt:
+            return prompt
+
+        return prompt.id, self.taken, ref()
+
+
+@pytest.fixture(scope="module")
+def folder(cluster, tmp_path_factory):
+    made = tmp_path_factory.mktemp("warmup")
+    sizes = TinyModelSettings(hidden_size=64, layers=2, heads=2, key_value_heads=1, mlp_size=96, vision_mlp_size=64)
+    build_tiny(made / "policy", ["red", "one", "two", "max", "count"], sizes, seed=0)
+    settings = load_config(RunSettings, None, SMALL).discriminator
+    save_new(build_discriminator(made / "policy", settings, seed=0), made / "judge", made / "policy")
+    return made
+
+
+def warm_up(folder, runs, *overrides: str, same: bool = False):
+    """Train with these settings; the steps taken, the rows of metrics and the session's folder."""
+    settings = load_config(RunSettings, None, [f"runs={runs}", *SMALL, *overrides])
+    metrics = MetricsLog(runs / "tiny")
+    session = Session(settings, metrics, Summary(runs / "tiny", "tiny"))
+    session.stage_folder("warmup").mkdir(parents=True)
+    engines: Any = HandWritten(same)
+    stream: Any = Endless()
+
+    async def scenario() -> int:
+        judge = await DiscriminatorPool.start(
+            folder / "judge", settings.discriminator, 128, options={"num_cpus": 1}, truth=truth_of
+        )
+        try:
+            return await _train(session, "warmup", engines, judge, stream)
+        finally:
+            judge.shutdown()
+
+    try:
+        return asyncio.run(scenario()), session
+    finally:
+        metrics.close()
+
+
+def test_a_warm_up_stops_at_its_target_and_says_how_good_the_judge_is(folder, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "prism_ray"):
+        steps, session = warm_up(folder, tmp_path, "warmup.target_accuracy=0.9", "warmup.max_steps=40")
+    assert 2 <= steps < 40
+    rows = read_metrics(session.folder / "metrics.jsonl")
+    last = rows[-1]
+    assert last["step"] == steps == rows[-2]["step"], "the examination is a row of its own"
+    for view in VIEWS:
+        assert 0 <= last[f"discriminator/calibration_error/{view}_held_out"] <= 1
+        assert last[f"discriminator/pair_accuracy/{view}_held_out"] >= 0.9
+        for probe in PROBES:
+            assert 0 <= last[f"discriminator/probe/{probe}/{view}"] <= 1
+        assert f"{view} pairs are ordered rightly" in caplog.text
+    assert last["discriminator/probe/length/perception"] == 1.0
+    assert "warmup: length alone orders 1.00 of the held-out perception pairs" in caplog.text
+    assert rows[0]["discriminator/canary_gap"] == 0.0 and "discriminator/canary_gap" not in rows[1]
+
+
+def test_the_pairs_it_is_most_wrong_about_are_written_with_their_ids_even_if_it_is_too_weak(folder, tmp_path):
+    with pytest.raises(WeakDiscriminator, match="after 2 warm-up steps the held-out pair accuracy is"):
+        warm_up(
+            folder, tmp_path, "warmup.target_accuracy=1", "warmup.max_steps=2",
+            "discriminator.optimiser.lr=1e-9", "warmup.held_out_prompts=12",
+        )  # fmt: skip
+    lines = (tmp_path / "tiny" / "warmup" / WORST_FILE).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    counts = {view: sum(row["view"] == view for row in rows) for view in VIEWS}
+    assert set(counts.values()) == {10}
+    held_out = {f"prompt-{i}" for i in range(12)}
+    assert all(row["prompt_id"] in held_out and row["rollout"] in (0, 1) for row in rows)
+    for view in VIEWS:
+        gaps = [row["gap"] for row in rows if row["view"] == view]
+        assert gaps == sorted(gaps)
+    assert all(row["response"] != row["reference"] and row["image"] for row in rows)
+
+
+def test_a_view_without_a_differing_pair_counts_as_untaught(folder, tmp_path):
+    with pytest.raises(WeakDiscriminator, match="is 0.00 .perception., 0.00 .reasoning."):
+        warm_up(folder, tmp_path, "warmup.max_steps=1", same=True)
+    assert (tmp_path / "tiny" / "warmup" / WORST_FILE).read_text() == ""
