@@ -91,9 +91,9 @@ def response() -> Callable[..., str]:
     return make
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def process_group():
-    """A process group of one for all of these tests: DeepSpeed remembers the first one it has met."""
+    """A process group of one for the whole session: DeepSpeed remembers the first one it has met."""
     started = not torch.distributed.is_initialized()
     if started:
         with socket.socket() as s:
