@@ -132,12 +132,14 @@ class _Share:
     def __init__(self, engine: Engine, work: Work, recipe: Recipe, version: int, banned_ids: Sequence[int]) -> None:
         self.engine, self.work, self.recipe, self.version = engine, work, recipe, version
         self._options: dict[str, Any] = {"temperature": recipe.temperature, "banned_ids": banned_ids}
-        count = shared_microbatch_count(work.samples, recipe.micro_batch_tokens)
+        count, most = None, 0
         if engine.equal_forwards:
-            count = int(engine.over_ranks([count], "max")[0])
-        cut = shared_microbatches(work.samples, recipe.micro_batch_tokens, min(count, len(work.samples)))
+            most = shared_microbatch_count(work.samples, recipe.micro_batch_tokens)
+            most = int(engine.over_ranks([most], "max")[0])
+            count = min(most, len(work.samples))
+        cut = shared_microbatches(work.samples, recipe.micro_batch_tokens, count)
         self.batches = [batch.to(engine.device) for batch in cut]
-        self.missing = count - len(self.batches)
+        self.missing = max(0, most - len(cut))
         """Forward passes without samples that this rank owes the others."""
         self._not_finite: list[tuple[list[int], Tensor]] = []
 

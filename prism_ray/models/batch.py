@@ -1,9 +1,9 @@
-"""Samples in one of three layouts: rows padded on the right, one packed row, or one packed row that shares beginnings.
+"""Samples in one of two layouts: rows padded on the right, or one packed row that shares beginnings.
 
 Right padding with a causal mask needs no attention mask: no real token can see a padded one. A packed row has no
-padding at all; `Batch.segments` tells attention who sees whom. Where beginnings are shared, whatever samples of one
-prompt have in common (prompt, images, first tokens of the response) is computed once: a hidden state depends on nothing
-but what stands before it. Images of a shared prompt are held once in every layout.
+padding at all; `Batch.segments` tells attention who sees whom. In it, whatever samples of one prompt have in common
+(prompt, images, first tokens of the response) is computed once: a hidden state depends on nothing but what stands
+before it. Images of a shared prompt are held once in both layouts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prism_ray.models.attention import Segments
 from prism_ray.models.encode import EncodedPrompt
-from prism_ray.models.packing import pack, pack_chain
+from prism_ray.models.packing import pack_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,44 +94,49 @@ def collate(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> 
     )
 
 
-def collate_packed(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
-    """One packed batch of these samples, in this order: a row without padding; `indices` default to 0, 1, …"""
-    return _collate_row(samples, [(i, 0) for i in range(len(samples))], indices)
-
-
 def collate_shared(samples: Sequence[Sample], indices: Sequence[int] | None = None) -> Batch:
     """One packed batch in which what samples of the same prompt object begin with is computed once.
 
     Exact, gradients included: those of a shared token are the sum over its samples. `indices` default to 0, 1, …
     """
-    return _collate_row(samples, _chain(samples), indices)
-
-
-def microbatch_count(samples: Sequence[Sample], token_budget: int) -> int:
-    """How many packed micro-batches of at most `token_budget` tokens these samples make."""
-    return len(pack([s.length for s in samples], token_budget))
-
-
-def packed_microbatches(samples: Sequence[Sample], token_budget: int, count: int | None = None) -> list[Batch]:
-    """Packed batches of at most `token_budget` tokens (a longer sample gets its own), as `models.packing.pack` has it.
-
-    `count` asks for exactly so many: ranks whose forward passes must be equally many agree on the maximum of their
-    `microbatch_count`. `Batch.indices` leads back to the input order.
-    """
-    bins = pack([s.length for s in samples], token_budget, count)
-    return [collate_packed([samples[i] for i in members], members) for members in bins]
+    tokens, positions = _rows(samples)
+    paths = [torch.zeros(0, dtype=torch.int64)] * len(samples)
+    new_tokens, new_positions, prefixes, holders = [], [], [], []
+    path, size = paths[0], 0
+    for i, common in _chain(samples):
+        prefix, new = path[:common], len(tokens[i]) - common
+        path = paths[i] = torch.cat((prefix, torch.arange(size, size + new)))
+        size += new
+        if not common:
+            holders.append(i)
+        if new:
+            new_tokens.append(tokens[i][common:])
+            new_positions.append(positions[i][:, common:])
+            prefixes.append(prefix)
+    input_ids_BT = torch.cat(new_tokens)[None]
+    return _batch(
+        samples,
+        input_ids_BT=input_ids_BT,
+        position_ids_3BT=torch.cat(new_positions, dim=1)[:, None],
+        real_mask_BT=torch.ones_like(input_ids_BT, dtype=torch.bool),
+        paths=paths,
+        holders=holders,
+        indices=indices,
+        segments=Segments(tuple(len(ids) for ids in new_tokens), tuple(prefixes)),
+    )
 
 
 def shared_microbatch_count(samples: Sequence[Sample], token_budget: int) -> int:
-    """How many micro-batches of at most `token_budget` computed tokens these samples make if they share beginnings."""
+    """How many micro-batches of at most `token_budget` computed tokens these samples make."""
     return len(_pack_shared(samples, token_budget, None))
 
 
 def shared_microbatches(samples: Sequence[Sample], token_budget: int, count: int | None = None) -> list[Batch]:
     """Batches that share beginnings, of at most `token_budget` computed tokens (a longer sample gets its own).
 
-    Samples of one prompt lie together as far as they fit. `count` is that of `packed_microbatches`, here with
-    `shared_microbatch_count`; `Batch.indices` leads back to the input order.
+    Samples of one prompt lie together as far as they fit, as `models.packing.pack_chain` has it. `count` asks for
+    exactly so many: ranks whose forward passes must be equally many agree on the maximum of their
+    `shared_microbatch_count`. `Batch.indices` leads back to the input order.
     """
     bins = _pack_shared(samples, token_budget, count)
     return [collate_shared([samples[i] for i in members], members) for members in bins]
@@ -190,33 +195,6 @@ def _pack_shared(samples: Sequence[Sample], token_budget: int, count: int | None
     return [sorted(chain[at][0] for at in run) for run in runs]
 
 
-def _collate_row(samples: Sequence[Sample], chain: Sequence[tuple[int, int]], indices: Sequence[int] | None) -> Batch:
-    """One row: of each sample in the order of the chain, the tokens that the one before it does not have."""
-    tokens, positions = _rows(samples)
-    paths = [torch.zeros(0, dtype=torch.int64)] * len(samples)
-    new_tokens, new_positions, prefixes = [], [], []
-    path, size = paths[0], 0
-    for i, common in chain:
-        prefix, new = path[:common], len(tokens[i]) - common
-        path = paths[i] = torch.cat((prefix, torch.arange(size, size + new)))
-        size += new
-        if new:
-            new_tokens.append(tokens[i][common:])
-            new_positions.append(positions[i][:, common:])
-            prefixes.append(prefix)
-    input_ids_BT = torch.cat(new_tokens)[None]
-    return _batch(
-        samples,
-        input_ids_BT=input_ids_BT,
-        position_ids_3BT=torch.cat(new_positions, dim=1)[:, None],
-        real_mask_BT=torch.ones_like(input_ids_BT, dtype=torch.bool),
-        paths=paths,
-        holders=[i for i, common in chain if not common],
-        indices=indices,
-        segments=Segments(tuple(len(ids) for ids in new_tokens), tuple(prefixes)),
-    )
-
-
 def _batch(
     samples: Sequence[Sample],
     input_ids_BT: Tensor,
@@ -227,7 +205,7 @@ def _batch(
     indices: Sequence[int] | None,
     segments: Segments | None = None,
 ) -> Batch:
-    """What all layouts have in common: `paths` are the flat positions of each sample's tokens; `holders`, ascending in
+    """What both layouts have in common: `paths` are the flat positions of each sample's tokens; `holders`, ascending in
     them, are the samples whose prompts are computed."""
     predictors = [p[len(s.prompt.token_ids) - 1 : -1] for s, p in zip(samples, paths, strict=True)]
     response_lengths_B = torch.tensor([len(s.response_ids) for s in samples])

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from prism_ray.models.batch import Sample, collate, collate_packed, microbatches
+from prism_ray.models.batch import Sample, collate, collate_shared, microbatches
 from prism_ray.models.encode import Encoder
 
 
@@ -65,14 +67,15 @@ def test_a_sample_longer_than_the_budget_stands_alone(encoded):
 
 def test_nothing_to_collate_is_an_error():
     assert microbatches([], 10) == []
-    for layout in (collate, collate_packed):
+    for layout in (collate, collate_shared):
         with pytest.raises(ValueError, match="empty list"):
             layout([])
 
 
 def test_a_packed_row_holds_what_padded_rows_hold_without_the_padding(encoded):
-    samples = [sample(encoded[0], 3), sample(encoded[3], 5), sample(encoded[1], 0), sample(encoded[3], 2)]
-    packed, padded = collate_packed(samples, [7, 5, 3, 1]), collate(samples)
+    """Prompts are equal but not the same, so that nothing is shared."""
+    samples = [sample(replace(encoded[p]), n) for p, n in [(0, 3), (3, 5), (1, 0), (3, 2)]]
+    packed, padded = collate_shared(samples, [7, 5, 3, 1]), collate(samples)
     real = padded.real_mask_BT
     assert packed.input_ids_BT.shape == (1, packed.computed_tokens) == (1, int(real.sum()))
     assert packed.real_mask_BT.all() and packed.real_mask_BT.shape == packed.input_ids_BT.shape
@@ -92,7 +95,7 @@ def test_a_packed_row_holds_what_padded_rows_hold_without_the_padding(encoded):
 
 
 def test_a_batch_moves_as_a_whole(encoded):
-    batch = collate_packed([sample(encoded[0], 3), sample(encoded[1], 5)]).to("meta")
+    batch = collate_shared([sample(encoded[0], 3), sample(encoded[1], 5)]).to("meta")
     assert {batch.input_ids_BT.device.type, batch.last_B.device.type, batch.segments.offsets.device.type} == {"meta"}
     assert batch.indices == [0, 1]
     assert collate([sample(encoded[0], 3)]).to("meta").segments is None

@@ -1,4 +1,7 @@
-"""Packing is exact: what is packed equals each sample alone, in values and gradients, and samples never meet."""
+"""Packing is exact: what is packed equals each sample alone, in values and gradients, and samples never meet.
+
+The samples here have prompts of their own, so that they share nothing; test_shared_prefix.py has those that do.
+"""
 
 import dataclasses
 
@@ -9,23 +12,24 @@ from hypothesis import strategies as st
 from transformers import masking_utils
 
 from prism_ray.models.attention import IMPLEMENTATION, PACKED, Segments, packed_attention
-from prism_ray.models.batch import Sample, collate, collate_packed, microbatch_count, packed_microbatches
+from prism_ray.models.batch import Sample, collate, collate_shared, shared_microbatch_count, shared_microbatches
 from prism_ray.models.encode import Encoder
 from prism_ray.models.forward import final_hidden
 from prism_ray.models.load import load_policy
 from prism_ray.models.logprobs import response_logprobs
-from prism_ray.models.packing import balance, efficiency, fill, pack
+from prism_ray.models.packing import balance
 
 ATOL = 1e-5
 
 
 @pytest.fixture(scope="module")
 def samples(dense_folder, prompts):
-    """No image, one, another size, several of several sizes, a prompt shared by three, an empty response."""
+    """No image, one, another size, several of several sizes, a prompt three times, an empty response."""
     encoded = Encoder(dense_folder, 300).prompts(prompts)
     generator = torch.Generator().manual_seed(0)
     sizes = [(0, 3), (1, 9), (2, 1), (3, 5), (1, 14), (1, 0), (0, 1)]
-    return [Sample(encoded[p], torch.randint(20, 300, (n,), generator=generator)) for p, n in sizes]
+    own = [dataclasses.replace(encoded[p]) for p, _ in sizes]
+    return [Sample(p, torch.randint(20, 300, (n,), generator=generator)) for p, (_, n) in zip(own, sizes, strict=True)]
 
 
 def loss_of(logp_BR):
@@ -62,7 +66,7 @@ def test_a_packed_row_equals_one_by_one_values_and_gradients(policy, samples, ho
     logps, theirs = one_by_one(policy, samples)
     if how == "checkpointed":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = collate_packed(samples)
+    batch = collate_shared(samples)
     logp_BR = response_logprobs(policy, batch)[0]
     for row, alone in enumerate(logps):
         torch.testing.assert_close(logp_BR.detach()[row, : len(alone)], alone, atol=ATOL, rtol=0)
@@ -73,7 +77,7 @@ def test_a_packed_row_equals_one_by_one_values_and_gradients(policy, samples, ho
 
 def test_packed_microbatches_equal_one_by_one(policy, samples):
     logps, theirs = one_by_one(policy, samples)
-    batches = packed_microbatches(samples, 64, count=4)
+    batches = shared_microbatches(samples, 64, count=4)
     assert len(batches) == 4
     for batch in batches:
         logp_BR = response_logprobs(policy, batch)[0]
@@ -86,7 +90,7 @@ def test_packed_microbatches_equal_one_by_one(policy, samples):
 
 def test_every_attention_implementation_keeps_packed_samples_apart(policy, samples):
     """Hugging Face's own read it off the row of text positions."""
-    batch = collate_packed(samples)
+    batch = collate_shared(samples)
     with torch.no_grad():
         ours = response_logprobs(policy, batch)[0]
         for name in ("sdpa", "eager"):
@@ -98,7 +102,7 @@ def test_a_sample_does_not_see_its_neighbours(policy, samples):
     """Neither their tokens nor their images: what changes in one changes that one only."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        before = response_logprobs(policy, collate_packed(samples))[0]
+        before = response_logprobs(policy, collate_shared(samples))[0]
         for changed, sample in enumerate(samples):
             other = torch.randint(20, 300, sample.response_ids.shape, generator=generator)
             prompt = dataclasses.replace(
@@ -108,7 +112,7 @@ def test_a_sample_does_not_see_its_neighbours(policy, samples):
             )
             now = [*samples]
             now[changed] = Sample(prompt, other)
-            after = response_logprobs(policy, collate_packed(now))[0]
+            after = response_logprobs(policy, collate_shared(now))[0]
             moved = (after - before).abs().amax(dim=1)
             if len(other):
                 assert moved[changed] > 1e-2
@@ -116,7 +120,7 @@ def test_a_sample_does_not_see_its_neighbours(policy, samples):
             assert moved.max() < ATOL
 
 
-@pytest.mark.parametrize("layout", [collate, collate_packed])
+@pytest.mark.parametrize("layout", [collate, collate_shared])
 def test_no_mask_is_made(policy, samples, layout, monkeypatch):
     made = []
     original = masking_utils.sdpa_mask
@@ -139,7 +143,7 @@ def test_the_vision_tower_keeps_its_own_attention(policy_folder, tmp_path):
 
 
 def test_a_mask_beside_segments_is_an_error(policy, samples):
-    batch = collate_packed(samples)
+    batch = collate_shared(samples)
     embeds = policy.get_input_embeddings()(batch.input_ids_BT)
     mask = torch.ones(1, 1, batch.computed_tokens, batch.computed_tokens, dtype=torch.bool)
     with pytest.raises(ValueError, match="takes no attention_mask"):
@@ -169,7 +173,7 @@ def test_router_logits_of_a_packed_row_are_those_of_its_tokens(moe_folder, sampl
     model, packed, padded = load_policy(moe_folder), [], []
     batch = collate(samples)
     with torch.no_grad():
-        final_hidden(model, collate_packed(samples), packed)
+        final_hidden(model, collate_shared(samples), packed)
         final_hidden(model, batch, padded)
     assert len(packed) == len(padded) == 4
     for ours, theirs in zip(packed, padded, strict=True):
@@ -193,85 +197,26 @@ def test_the_variable_length_kernel_equals_one_by_one():
         torch.testing.assert_close(fast, exact, atol=0.05, rtol=0.05)
 
 
-lengths_strategy = st.lists(st.integers(1, 120), max_size=60)
-
-
-@settings(max_examples=300, deadline=None)
-@given(lengths_strategy, st.integers(1, 150))
-def test_bins_hold_every_sample_once_within_the_budget(lengths, budget):
-    bins = pack(lengths, budget)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(b and b == sorted(b) for b in bins)
-    loads = [sum(lengths[i] for i in b) for b in bins]
-    assert all(load <= budget or len(b) == 1 for load, b in zip(loads, bins, strict=True))
-    assert loads == sorted(loads, reverse=True)
-    assert bins == pack(list(lengths), budget)
-    fitting = [n for n in lengths if n <= budget]
-    long = len(lengths) - len(fitting)
-    assert -(-sum(fitting) // budget) + long <= len(bins) <= 2 * sum(fitting) / budget + 1 + long
-
-
-@settings(max_examples=300, deadline=None)
-@given(lengths_strategy.filter(bool), st.integers(1, 150), st.data())
-def test_bins_are_as_many_as_asked_for_and_none_is_empty(lengths, budget, data):
-    fewest = len(pack(lengths, budget))
-    count = data.draw(st.integers(fewest, len(lengths)))
-    bins = pack(lengths, budget, count)
-    assert len(bins) == count
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(b and (len(b) == 1 or sum(lengths[i] for i in b) <= budget) for b in bins)
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 12))
-def test_bins_and_parts_are_balanced(lengths, count):
+def test_parts_are_balanced(lengths, count):
     """No two differ by more than the longest sample."""
     count = min(count, len(lengths))
-    for bins in (pack(lengths, sum(lengths), count), balance(lengths, count)):
-        loads = [sum(lengths[i] for i in b) for b in bins]
-        assert len(bins) == count and sorted(i for b in bins for i in b) == list(range(len(lengths)))
-        assert max(loads) - min(loads) <= max(lengths)
+    parts = balance(lengths, count)
+    loads = [sum(lengths[i] for i in p) for p in parts]
+    assert len(parts) == count and sorted(i for p in parts for i in p) == list(range(len(lengths)))
+    assert max(loads) - min(loads) <= max(lengths)
+    assert loads == sorted(loads, reverse=True) and all(p and p == sorted(p) for p in parts)
+    assert parts == balance(list(lengths), count)
 
 
 def test_exchanges_balance_what_longest_first_does_not():
     assert [sum(b) for b in ([[5, 5, 4, 3, 3][i] for i in p] for p in balance([5, 5, 4, 3, 3], 2))] == [10, 10]
 
 
-def test_the_budget_counts_where_balance_would_exceed_it():
-    """Bins of exactly 10 cannot be found by balancing, not even with one bin more."""
-    lengths = [4, 3, 3] * 5 + [8, 2] * 5 + [5, 5] * 5
-    fewest = len(pack(lengths, 10))
-    for count in (fewest, fewest + 1):
-        assert max(sum(lengths[i] for i in b) for b in balance(lengths, count)) > 10
-        bins = pack(lengths, 10, count)
-        assert len(bins) == count and sorted(i for b in bins for i in b) == list(range(len(lengths)))
-        assert max(sum(lengths[i] for i in b) for b in bins) == 10
-
-
-def test_tokens_of_one_prompt_lie_side_by_side():
-    assert pack([4, 4, 4, 4], 16) == [[0, 1, 2, 3]]
-
-
-def test_bins_that_cannot_be_had_are_errors():
-    assert pack([], 10) == [] == pack([], 10, 0)
-    assert pack([30], 10) == [[0]]
-    for bins in (0, 3):
-        with pytest.raises(ValueError, match=f"2 samples cannot fill {bins} bins"):
-            pack([3, 4], 10, bins)
-    with pytest.raises(ValueError, match="1 bins of 10 tokens do not hold the samples; ask for 2"):
-        pack([6, 6], 10, 1)
-
-
-def test_efficiency_counts_padding_imbalance_and_idling():
-    assert efficiency([[10, 10], [10, 10]], 40) == 1
-    assert efficiency([[10, 10]], 15) == 0.75
-    assert efficiency([[10, 6], [8]], 24) == 24 / (2 * 16)
-    assert fill(30, 4, 10) == 0.75
-
-
 def test_the_count_is_that_of_the_batches_and_nothing_is_padded(samples):
     for budget in (1, 40, 90, 1000):
-        batches = packed_microbatches(samples, budget)
-        assert microbatch_count(samples, budget) == len(batches)
+        batches = shared_microbatches(samples, budget)
+        assert shared_microbatch_count(samples, budget) == len(batches)
         assert sum(b.computed_tokens for b in batches) == sum(s.length for s in samples)
-    assert packed_microbatches([], 10) == [] and microbatch_count([], 10) == 0
+    assert shared_microbatches([], 10) == [] and shared_microbatch_count([], 10) == 0

@@ -1,6 +1,7 @@
 """Sharing beginnings is exact: values and gradients are those of each sample alone, and less is computed."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from prism_ray.models.attention import Segments, packed_attention
 from prism_ray.models.batch import (
     Sample,
     collate,
-    collate_packed,
     collate_shared,
     shared_microbatch_count,
     shared_microbatches,
@@ -103,8 +103,8 @@ def test_shared_microbatches_equal_one_by_one(policy, samples):
 @pytest.mark.parametrize("chosen", [[11], [2], [11, 0]], ids=["empty response", "one response", "one each"])
 def test_samples_that_share_nothing_are_a_packed_row(policy, samples, chosen):
     some = [samples[i] for i in chosen]
-    shared, packed = collate_shared(some), collate_packed(some)
-    assert shared.computed_tokens == packed.computed_tokens
+    shared = collate_shared(some)
+    assert shared.computed_tokens == sum(s.length for s in some)
     assert_equal_one_by_one(policy, some, [shared])
 
 
@@ -116,6 +116,7 @@ def test_what_is_common_is_held_once(samples, encoded):
     prompts = sum(len(p.token_ids) for p in encoded)
     assert batch.computed_tokens == len(distinct) - len(encoded) + prompts
     assert batch.input_ids_BT.shape == (1, batch.computed_tokens) and batch.real_mask_BT.all()
+    assert len(batch.grid_thw) == sum(len(p.grid_thw) for p in encoded)
     assert len(batch.visual_positions_V) == sum(len(p.visual_spots) for p in encoded)
     assert torch.equal(batch.visual_positions_V, batch.visual_positions_V.sort().values)
     image = int(encoded[1].token_ids[encoded[1].visual_spots[0]])
@@ -160,14 +161,16 @@ def test_a_response_sees_its_prompt_and_itself_and_no_other_response(policy, enc
     assert ((other - before).abs().amax(1) > 1e-2).all()
 
 
-@pytest.mark.parametrize("layout", [collate_packed, collate_shared])
-def test_what_is_not_finite_in_one_prompt_stays_there(policy, encoded, layout):
+@pytest.mark.parametrize("held", ["once", "each"])
+def test_what_is_not_finite_in_one_prompt_stays_there(policy, encoded, held):
     """So that a spoilt update can name the samples at fault."""
     pixels = torch.full_like(encoded[1].pixel_values, torch.nan)
     spoilt = dataclasses.replace(encoded[1], pixel_values=pixels)
     some = [Sample(p, torch.arange(30, 30 + n)) for p in (spoilt, encoded[2], encoded[0]) for n in (5, 6, 7, 3)]
+    if held == "each":
+        some = [dataclasses.replace(s, prompt=dataclasses.replace(s.prompt)) for s in some]
     with torch.no_grad():
-        finite_B = response_logprobs(policy, layout(some))[0].isfinite().all(1)
+        finite_B = response_logprobs(policy, collate_shared(some))[0].isfinite().all(1)
     assert finite_B.tolist() == [False] * 4 + [True] * 8
 
 
@@ -235,8 +238,10 @@ def chains(draw, least=0):
     return lengths, common
 
 
-def load(run, lengths, common):
-    return lengths[run[0]] + sum(lengths[i] - common[i] for i in run[1:])
+def load(members, lengths, common):
+    """Distinct tokens: a sample and the one before it have in common what all have that stand between them."""
+    shared = sum(min(common[a + 1 : b + 1]) for a, b in pairwise(members))
+    return sum(lengths[i] for i in members) - shared
 
 
 def fewest_runs(lengths, common, budget):
@@ -250,21 +255,21 @@ def fewest_runs(lengths, common, budget):
 
 @settings(max_examples=200, deadline=None)
 @given(chains(), st.integers(1, 150))
-def test_runs_are_as_few_as_can_be_within_the_budget(chain, budget):
+def test_bins_keep_the_budget_and_are_no_more_than_runs_of_neighbours(chain, budget):
     lengths, common = chain
     bins = pack_chain(lengths, common, budget)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(b == list(range(b[0], b[-1] + 1)) for b in bins)
+    assert all(b and b == sorted(b) for b in bins)
     loads = [load(b, lengths, common) for b in bins]
     assert all(n <= budget or len(b) == 1 for n, b in zip(loads, bins, strict=True))
     assert loads == sorted(loads, reverse=True)
-    assert len(bins) == fewest_runs(lengths, common, budget)
+    assert len(bins) <= fewest_runs(lengths, common, budget)
     assert bins == pack_chain(list(lengths), list(common), budget)
 
 
 @settings(max_examples=200, deadline=None)
 @given(chains(least=1), st.integers(1, 150), st.data())
-def test_runs_are_as_many_as_asked_for_and_the_fullest_is_least_full(chain, budget, data):
+def test_bins_are_as_many_as_asked_for_and_no_fuller_than_runs_of_neighbours(chain, budget, data):
     lengths, common = chain
     fewest = len(pack_chain(lengths, common, budget))
     count = data.draw(st.integers(fewest, len(lengths)))
@@ -277,8 +282,21 @@ def test_runs_are_as_many_as_asked_for_and_the_fullest_is_least_full(chain, budg
         assert fewest_runs(lengths, common, fullest - 1) > count or fullest <= max(lengths)
 
 
-def test_runs_that_cannot_be_had_are_errors():
+def test_a_bin_is_filled_from_the_whole_prompt():
+    """Runs of neighbours would be three: the first alone, two, the last alone."""
+    lengths, common = [7, 6, 5, 4], [0, 1, 1, 1]
+    assert pack_chain(lengths, common, 10) == [[0, 3], [1, 2]]
+    assert fewest_runs(lengths, common, 10) == 3
+
+
+def test_what_more_than_the_prompt_is_common_stays_together():
+    """Choosing by length alone would part the last two, and need three bins."""
+    assert pack_chain([2, 5, 7, 7], [0, 0, 1, 4], 10) == [[2, 3], [0, 1]]
+
+
+def test_bins_that_cannot_be_had_are_errors():
     assert pack_chain([], [], 10) == [] == pack_chain([], [], 10, 0)
+    assert pack_chain([30], [0], 10) == [[0]]
     for bins in (0, 3):
         with pytest.raises(ValueError, match=f"2 samples cannot fill {bins} bins"):
             pack_chain([3, 4], [0, 2], 10, bins)
@@ -295,8 +313,3 @@ def test_microbatches_count_what_is_really_computed(samples):
         assert sorted(i for b in batches for i in b.indices) == list(range(len(samples)))
     assert batches[0].computed_tokens < sum(s.length for s in samples) / 2
     assert shared_microbatches([], 10) == [] and shared_microbatch_count([], 10) == 0
-
-
-def test_nothing_to_share_is_an_error():
-    with pytest.raises(ValueError, match="empty list"):
-        collate_shared([])
