@@ -159,7 +159,8 @@ class _Share:
             if reference is None:
                 raise ValueError("objective.kl_coef is set but the learner holds no reference policy; set it to 0")
             self._reference = self._without_gradient(reference)
-        penalty_N = self._kl_penalty() if recipe.objective.kl_in == "reward" else None
+        off_reward = recipe.objective.kl_coef and recipe.objective.kl_in == "reward"
+        penalty_N = self._kl_penalty() if off_reward else None
         self._advantage_NR = work.advantages(recipe.advantage, recipe.objective.max_response_tokens, penalty_N)
         mine = count_denominators(work.mask_NR)
         if recipe.correction.normalise:

@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_no_number(splits):
 def against_reference(policy_folder, groups, run_ranks):
     """Two updates each, with a KL to the start: in the loss, in the reward, with adapters, and without any."""
     recipes = [RECIPES[name] for name in ("kl_and_entropy", "kl_in_reward", "adapters")]
-    without = replace(RECIPES["kl_in_reward"][0], objective=ObjectiveSettings())
+    without = replace(RECIPES["kl_in_reward"][0], objective=ObjectiveSettings(kl_in="reward"))
     inputs = {"policy": policy_folder, "groups": {1: [groups]}, "versions": [3, 4]}
     inputs["recipes"] = [(r, s | {"lr": 1e-3}) for r, s in [*recipes, (without, {})]]
     return run_ranks("updates", 1, inputs)[0]
