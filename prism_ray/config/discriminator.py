@@ -140,7 +140,8 @@ class DiscriminatorSettings(Settings):
     """A verdict's reward is the mean over views of sigmoid((score − reference's score) / temperature): bounded, so that
     one absurd response does not set the scale of its group."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Padded tokens of one forward pass, in scoring and in training; a longer single sequence goes alone."""
+    """Most tokens of one forward pass, in scoring and (counted as if padded) in training; a longer single sequence goes
+    alone."""
 
     rollouts_per_update: int = Field(default=4, ge=1)
     """How many of a group's valid rollouts are paired with the reference in one update: half of them teach as much as

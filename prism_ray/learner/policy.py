@@ -22,7 +22,7 @@ from prism_ray.models.logprobs import response_logprobs
 def trainable_policy(folder: str | Path, settings: LearnerSettings) -> Any:
     """The model in `folder`, ready for an engine: frozen parts, adapters and gradient checkpointing as configured, and
     faster kernels where there are any."""
-    model = load_policy(folder, _dtype(settings))
+    model = load_policy(folder, getattr(torch, settings.precision))
     use_liger(model)
     freeze(model, settings.freeze)
     if settings.lora is not None:
@@ -43,12 +43,8 @@ def reference_policy(
     options: dict[str, Any] = {"temperature": temperature, "banned_ids": banned_ids}
     if settings.lora is not None:
         return lambda batch: engine.run(_without_adapters, batch, options)
-    frozen = load_policy(folder, _dtype(settings)).requires_grad_(False).eval().to(engine.device)
+    frozen = load_policy(folder, getattr(torch, settings.precision)).requires_grad_(False).eval().to(engine.device)
     return lambda batch: response_logprobs(frozen, batch, **options)[0]
-
-
-def _dtype(settings: LearnerSettings) -> torch.dtype:
-    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
 def _without_adapters(model: Any, batch: Batch, options: dict[str, Any]) -> Tensor:

@@ -45,8 +45,7 @@ class Rank:
         self.job, self.inbox = job, inbox
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(max(1, math.ceil(job.settings.cpus_per_rank)))
-        dtype = torch.bfloat16 if job.settings.precision == "bfloat16" else torch.float32
-        self.policy = load_policy(job.checkpoint_in, dtype)
+        self.policy = load_policy(job.checkpoint_in, getattr(torch, job.settings.precision))
         freeze(self.policy, job.settings.freeze)
         self.phase, self.step, self.bad = 0, 0, 0
         self.terms = 1.0

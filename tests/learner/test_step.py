@@ -80,6 +80,16 @@ def test_current_logprobs_as_proximal_equal_a_forward_of_their_own(splits):
     assert difference(current["weights"], recomputed["weights"]) <= 1e-8
 
 
+def test_efficiency_is_what_ranks_compute_of_what_they_wait_for(splits):
+    one, two = splits
+    assert figures([one[0][0]["outcomes"][0]])["learner/packing_efficiency"] == 1
+    outcomes = [rank[0]["outcomes"][0] for rank in two]
+    computed = [outcome.means["learner/packing_efficiency"][0] for outcome in outcomes]
+    assert computed[0] > computed[1] > 0
+    expected = sum(computed) / (2 * max(computed))
+    assert figures(outcomes)["learner/packing_efficiency"] == pytest.approx(expected)
+
+
 def test_gradient_checkpointing_changes_no_number(splits):
     plain, checkpointed = splits[0][0][0], splits[0][0][-1]
     assert checkpointed["outcomes"][0].grad_norm == pytest.approx(plain["outcomes"][0].grad_norm, rel=1e-5)
