@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from prism_ray.config.base import Settings
@@ -12,10 +14,17 @@ class VerifySettings(Settings):
 
     environment: str = "prism_ray.testbed.environment:prism/Testbed-v0"
     """Id of the environment in Gymnasium's own form: `module:namespace/Name-v0` imports the module, which registers
-    it. `prism_ray.verify.answer:prism/Answer-v0` compares with the ground truth; your own works the same way."""
+    it. `prism/Answer-v0` compares answers with the ground truth by every rule; `prism/Math-v0`, `prism/Number-v0` and
+    `prism/MultipleChoice-v0` by those of one kind. Your own works the same way, with its module."""
+    options: dict[str, Any] = Field(default={})
+    """Keyword arguments of the environment: `{limit_s: 5}` gives the symbolic comparisons of `prism/Answer-v0` five
+    seconds of processor time in place of two, for answers that are long expressions."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds a group of rollouts may take to be judged; then the process is replaced and the group is worth 0. Rules
-    take milliseconds, so only an answer made to hang a verifier ever meets it."""
+    """Seconds a group of rollouts may take to be judged; then the process is replaced and the group judged again,
+    response by response, each with this limit and worth 0 beyond it. Rules take milliseconds."""
+    heartbeat_s: float = Field(default=30.0, gt=0)
+    """A process that answers no ping for so long counts as dead. It answers while it judges, unless the environment
+    is stuck inside a native library: keep it above what yours computes there in one go."""
     start_timeout_s: float = Field(default=120.0, gt=0)
     """Seconds a verifier's process may take to start."""
     workers: int = Field(default=1, ge=1)

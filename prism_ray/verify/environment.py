@@ -14,6 +14,10 @@ The contract (an environment of a user's own, or of another room, need only keep
   format), `reason` str ("" or why it is not valid). Further float entries are kept as further parts.
 * `step` never raises on model output; a response that cannot be judged is worth 0 and says why.
 * One instance judges many responses: `reset` makes it ready for the next, and nothing leaks between episodes.
+* It is called in a thread of its process that is not the main one, where Python allows no signals: what needs a time
+  limit of its own needs a process of its own (`verify/symbolic.py` is that of math-verify).
+* An environment of several turns ends `step` with terminated False and writes its answer to the policy in
+  `info["message"]`; `verify/episode.py` says how.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from PIL import Image
 
 from prism_ray.records import Prompt
 from prism_ray.response import render
-from prism_ray.verify.answer import AnswerEnvironment
+from prism_ray.verify.answer import truth_of
 from prism_ray.verify.environment import AnyText
 
-ID = "prism_ray.verify.answer:prism/Answer-v0"
+IDS = ("prism/Answer-v0", "prism/Math-v0", "prism/MultipleChoice-v0", "prism/Number-v0")
 
 
 def png(width, height):
@@ -27,7 +27,7 @@ def ask(truth="5", images=()):
 
 @pytest.fixture
 def env():
-    with gymnasium.make(ID, disable_env_checker=True) as made:
+    with gymnasium.make(IDS[0], disable_env_checker=True) as made:
         yield made
 
 
@@ -38,7 +38,7 @@ def test_episode_observes_the_prompt_and_judges_the_response(env):
     assert env.unwrapped.observation_space.contains(observation)
     _, reward, terminated, truncated, info = env.step(render("c", "t", "5.0"))
     assert (reward, terminated, truncated) == (1.0, True, False)
-    assert info == {"accuracy": 1.0, "format": 1.0, "valid": True, "reason": ""}
+    assert info == {"accuracy": 1.0, "format": 1.0, "valid": True, "reason": "", "rule": "number", "cut": 0.0}
 
 
 def test_nothing_leaks_between_episodes(env):
@@ -58,12 +58,71 @@ def test_prompt_is_needed(env):
         env.reset()
 
 
-def test_it_is_a_gymnasium_environment():
-    class Prompted(AnswerEnvironment):
-        def reset(self, *, seed=None, options=None):
-            return super().reset(seed=seed, options={"prompt": ask(images=(png(1, 1),))} | (options or {}))
+@pytest.mark.parametrize("name", IDS)
+def test_they_are_gymnasium_environments(name):
+    made = gymnasium.make(name, disable_env_checker=True).unwrapped
 
+    class Prompted(type(made)):
+        def reset(self, *, seed=None, options=None):
+            prompt = ask("5" if "Choice" not in name else "B", images=(png(1, 1),))
+            return super().reset(seed=seed, options={"prompt": prompt} | (options or {}))
+
+    assert isinstance(made.observation_space, gymnasium.spaces.Dict)
+    assert set(made.observation_space) == {"image", "prompt"} and isinstance(made.action_space, gymnasium.spaces.Text)
     check_env(Prompted(), skip_render_check=True)
+
+
+def rewards(name, truth, *answers, **extra):
+    with gymnasium.make(name, disable_env_checker=True) as env:
+        found = []
+        for answer in answers:
+            env.reset(options={"prompt": Prompt("p", (), ground_truth=truth, extra=extra)})
+            found.append(env.step(render("c", "t", answer))[1])
+        return found
+
+
+def test_each_kind_of_answer_has_its_environment():
+    """The same pairs of truth and answer, judged by what an environment knows of them."""
+    assert rewards("prism/Answer-v0", "B", "the answer is B", "A") == pytest.approx([1.0, 0.2])
+    assert rewards("prism/MultipleChoice-v0", "J", "(J) jam", "K") == pytest.approx([1.0, 0.2])
+    assert rewards("prism/Math-v0", "B", "B", "(B) or B^2") == pytest.approx([1.0, 0.2])
+    assert rewards("prism/Math-v0", r"2\sqrt{3}", r"\sqrt{12}", r"\sqrt{13}") == pytest.approx([1.0, 0.2])
+    assert rewards("prism/Number-v0", "5 kg", "5.0 kilograms", "5 lb", "6") == pytest.approx([1.0, 0.2, 0.2])
+    assert rewards("prism/Number-v0", "0.5", "1/2", r"\sin(\pi/6)") == pytest.approx([1.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("name", "truth", "what"),
+    [
+        ("prism/MultipleChoice-v0", "5 cm", "names no option A to J"),
+        ("prism/MultipleChoice-v0", "K", "names no option A to J"),
+        ("prism/Number-v0", "red", "is no number"),
+        ("prism/Number-v0", "3x", "is no number"),
+    ],
+)
+def test_a_truth_of_another_kind_is_named(name, truth, what):
+    with pytest.raises(ValueError, match=f"prompt p: the ground truth '{truth}' {what}; .*prism/Answer-v0"):
+        rewards(name, truth, "5")
+
+
+def test_any_of_the_equivalent_answers_is_right():
+    assert rewards("prism/Answer-v0", "5", "7", "5", "6", equivalent_answers=["7"]) == pytest.approx([1.0, 1.0, 0.2])
+    assert rewards("prism/Answer-v0", "5", "7", equivalent_answers=["7", "__EMPTY__"]) == pytest.approx([0.2])
+
+
+def test_a_bomb_is_only_wrong_and_said_to_have_been_cut():
+    with gymnasium.make("prism/Answer-v0", disable_env_checker=True, limit_s=0.2) as env:
+        env.reset(options={"prompt": ask("7")})
+        _, reward, _, _, info = env.step(render("c", "t", "9^{9^{9^{9}}}"))
+        assert (reward, info["cut"], info["rule"]) == (pytest.approx(0.2), 1.0, "none")
+        _, reward, _, _, info = env.step(render("c", "t", "3+4"))
+        assert (reward, info["cut"], info["rule"]) == (1.0, 0.0, "symbolic")
+
+
+def test_evaluation_uses_the_same_rules():
+    assert truth_of(render("c", "t", "7 - 2"), ask("5")) == {"answer": 1.0, "format": 1.0}
+    assert truth_of(render("c", "t", "7"), ask("5")) == {"answer": 0.0, "format": 1.0}
+    assert truth_of("5", ask("5")) == {"answer": 0.0, "format": 0.0}
 
 
 def test_any_text_is_an_action():
