@@ -18,7 +18,8 @@ from prism_ray.response import parse
 class Requirements:
     """What a stage needs of its prompts.
 
-    `reference`: the teacher's response must be there and keep the format; `ground_truth`: the answer must be there;
+    `reference`: the teacher's response must be there and keep the format, and `refusal` of it, which says why it could
+    not be judged, be ""; `ground_truth`: the answer must be there;
     `decode`: every image is decoded once to see that it can be (False where it is decoded anyway right after; size
     and kind are then read from its header only); `count_tokens`: tokens of a prompt as the model will see it (or an
     error that says why it cannot be encoded), held against `max_prompt_tokens`.
@@ -31,6 +32,7 @@ class Requirements:
     max_images: int = 1_000
     count_tokens: Callable[[Prompt], int] | None = None
     max_prompt_tokens: int = 0
+    refusal: Callable[[str], str] | None = None
 
 
 def check(prompt: Prompt, needs: Requirements) -> None:
@@ -40,7 +42,7 @@ def check(prompt: Prompt, needs: Requirements) -> None:
     for index, image in enumerate(prompt.images):
         _check_image(index, image, needs)
     if needs.reference:
-        _check_reference(prompt.reference)
+        _check_reference(prompt.reference, needs.refusal)
     if needs.ground_truth and not prompt.ground_truth.strip():
         raise BadRow("reward_model: no ground truth")
     if needs.count_tokens is not None:
@@ -64,12 +66,14 @@ def _check_image(index: int, data: bytes, needs: Requirements) -> None:
         raise BadRow("images: does not decode", f"image {index}: {type(error).__name__}") from error
 
 
-def _check_reference(reference: str) -> None:
+def _check_reference(reference: str, refusal: Callable[[str], str] | None) -> None:
     if not reference.strip():
         raise BadRow("teacher_response: missing")
     parsed = parse(reference)
     if not parsed.valid:
         raise BadRow("teacher_response: not in the format", parsed.reason)
+    if refusal is not None and (why := refusal(reference)):
+        raise BadRow("teacher_response: cannot be judged", why)
 
 
 def _check_length(prompt: Prompt, count_tokens: Callable[[Prompt], int], limit: int) -> None:

@@ -107,6 +107,19 @@ def test_truncated_image_passes_without_decoding_and_fails_with_it(make, reason)
     assert reason(changes) == "images: does not decode"
 
 
+def test_a_reference_that_the_judge_refuses_is_kept_with_its_words(make):
+    def refusal(text: str) -> str:
+        return "" if "look" in text else "nothing in the reasoning view"
+
+    needs = Requirements(reference=True, refusal=refusal)
+    check(prompt_from_row(make.row()), needs)
+    with pytest.raises(BadRow, match="nothing in the reasoning view") as caught:
+        check(
+            prompt_from_row(make.row(teacher_cot="<think>see</think><answer>3</answer>", teacher_response=None)), needs
+        )
+    assert caught.value.reason == "teacher_response: cannot be judged"
+
+
 def test_requirements(make, reason):
     assert reason({}, Requirements(max_image_pixels=100)) == "images: too many pixels"
     missing = {"reward_model": None, "answer": None, "extra_info": json.dumps({})}

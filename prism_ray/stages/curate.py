@@ -1,0 +1,348 @@
+"""Curation: a policy's rollouts over a corpus say what each prompt is good for.
+
+The folder holds `parts/` (statistics and rollouts of finished batches, which a run resumes from), and of all parts
+together `rl.parquet`, `teacher.parquet`, `warmup.jsonl` with `images/`, `statistics.parquet`, `summary.json`, and
+`quarantine.parquet`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import logging
+import signal
+from collections import deque
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from prism_ray.config.curate import CurateSettings
+from prism_ray.corpora.checks import Requirements
+from prism_ray.corpora.curation import STATISTICS, for_rl, pairs_of, statistics_of, summary_of, unsolved
+from prism_ray.corpora.quarantine import Quarantined
+from prism_ray.corpora.reader import RowOrder, find_fragments
+from prism_ray.corpora.references import row_of, writing
+from prism_ray.corpora.stream import PromptStream, read_prompts
+from prism_ray.models.load import check_policy
+from prism_ray.records import Group, Prompt
+from prism_ray.report.progress import Progress
+from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime import cluster
+from prism_ray.runtime.protocols import Ticket
+from prism_ray.stages.session import TokenCounter
+from prism_ray.verify.pool import VerifierPool, make_environment
+
+log = logging.getLogger(__name__)
+
+_STAMP = "curation.json"
+_PART = pa.schema([*STATISTICS, ("texts", pa.list_(pa.string()))])
+_CLEANING_S = 30.0
+"""Longest wait for engines to end after a signal; what is not noted by then is sampled again."""
+_AHEAD = 2
+"""Batches under way: the engines work on the next one while the last responses of this one are awaited."""
+
+
+class CurateError(ValueError):
+    """A curation that cannot begin, in one sentence that names the cure."""
+
+
+def check_inputs(settings: CurateSettings) -> None:
+    """Look at the files that the configuration names, and note in the output folder what its rollouts are made with.
+
+    Raises CurateError, CorpusError, ValueError or FileNotFoundError with a sentence.
+    """
+    check_policy(settings.policy)
+    make_environment(settings.verify.environment, settings.verify.options).close()
+    find_fragments(settings.prompts, ("prompt", "reward_model"))
+    stamp, made_with = settings.output / _STAMP, _what_shapes(settings)
+    if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
+        changed = ", ".join(name for name in made_with if before.get(name) != made_with[name])
+        raise CurateError(
+            f"{settings.output} holds rollouts made with another {changed}; choose another output, or delete the folder"
+        )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(made_with))
+
+
+def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
+    """What rollouts of the same folder must have in common."""
+    names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype"}
+    return {
+        "policy": [str(settings.policy.resolve()), *_stats(sorted(settings.policy.glob("*.safetensors")))],
+        "prompts": _stats(sorted({Path(f.file) for f in find_fragments(settings.prompts)})),
+        "rollout": settings.rollout.model_dump(mode="json", include=names),
+        "verify": [settings.verify.environment, settings.verify.options],
+        "seed": settings.seed,
+    }
+
+
+def _stats(files: Sequence[Path]) -> list[Any]:
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
+
+
+def start_cluster(settings: CurateSettings) -> None:
+    """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
+    cluster.start(settings.cluster)
+    rollout = settings.rollout
+    engines = {"CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine}
+    cluster.require({f"rollout.engines = {rollout.engines}": engines}, settings.cluster)
+
+
+async def curate(settings: CurateSettings) -> dict[str, Any] | None:
+    """Sample what is missing and write the results; returns the summary, or None if it was interrupted."""
+    order = RowOrder(find_fragments(settings.prompts), settings.seed)
+    wanted = min(order.rows, settings.limit or order.rows)
+    parts = Parts(settings.output / "parts")
+    if parts.next < wanted and not await _until_signal(_sample_all(settings, parts, wanted)):
+        return None
+    return await asyncio.to_thread(write_results, settings, order, parts, wanted)
+
+
+async def _until_signal(work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work came to its end before Ctrl-C or SIGTERM, which cancel it."""
+    task, loop, stopped = asyncio.create_task(work), asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CLEANING_S)
+        return False
+    finally:
+        stopping.cancel()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+class Parts:
+    """The finished batches, a file each, named by the position that comes after them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def files(self) -> list[Path]:
+        """In the order of their positions."""
+        return sorted(self._folder.glob("*.parquet"))
+
+    @property
+    def next(self) -> int:
+        """The position that is to be sampled next."""
+        return max((int(path.stem) for path in self.files), default=0)
+
+    def write(self, rows: list[dict[str, Any]], next_position: int) -> None:
+        """Keep a batch; it is there as a whole or not at all."""
+        path = self._folder / f"{next_position:012d}.parquet"
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(rows, _PART), partial, compression="zstd")
+        partial.replace(path)
+
+    def rows(self, wanted: int, texts: bool) -> Iterator[dict[str, Any]]:
+        """The rows of positions below `wanted`, in order."""
+        columns = None if texts else [name for name, _ in STATISTICS]
+        for path in self.files:
+            yield from (row for row in pq.read_table(path, columns=columns).to_pylist() if row["position"] < wanted)
+
+
+async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> None:
+    """Sample and judge from the first missing position on."""
+    first, limit = parts.next, settings.rollout.max_prompt_tokens
+    needs = Requirements(
+        ground_truth=True,
+        max_image_pixels=settings.corpora.max_image_pixels,
+        max_images=settings.rollout.max_images,
+        count_tokens=TokenCounter(settings.policy, limit),
+        max_prompt_tokens=limit,
+    )
+    quarantine = settings.output / "quarantine.parquet"
+    stream = PromptStream(settings.prompts, needs, settings.corpora, settings.seed, first, quarantine)
+    seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})
+    engines = verifiers = None
+    try:
+        engines = await RolloutPool.create(settings.policy, seeded)
+        verifiers = VerifierPool(settings.verify)
+        with Progress("curate", wanted) as progress:
+            await _batches(settings, _Rooms(stream, engines, verifiers), parts, wanted, progress)
+    finally:
+        stream.shutdown()
+        if verifiers is not None:
+            verifiers.shutdown()
+        if engines is not None:
+            await engines.shutdown()
+
+
+@dataclass(frozen=True)
+class _Rooms:
+    """What a batch passes through."""
+
+    stream: PromptStream
+    engines: RolloutPool
+    verifiers: VerifierPool
+
+
+async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted: int, progress: Progress) -> None:
+    under_way: deque[tuple[asyncio.Task[list[dict[str, Any]]], int]] = deque()
+    exhausted = False
+    try:
+        while not exhausted or under_way:
+            if not exhausted and len(under_way) < _AHEAD:
+                batch, exhausted = await _next_batch(rooms.stream, settings.batch, wanted)
+                after = wanted if exhausted else batch[-1][0] + 1
+                under_way.append((asyncio.create_task(_measured(batch, settings, rooms)), after))
+                continue
+            task, after = under_way[0]
+            rows = await task
+            under_way.popleft()
+            if after > parts.next:  # else the corpus ended with the batch before, and this one is empty
+                await asyncio.to_thread(parts.write, rows, after)
+            progress.update(after, **_numbers(rows))
+    finally:
+        for task, _ in under_way:
+            task.cancel()
+
+
+async def _next_batch(stream: PromptStream, size: int, wanted: int) -> tuple[list[tuple[int, Any]], bool]:
+    """Positions of the next prompts with references to them, and whether they are the last."""
+    batch: list[tuple[int, Any]] = []
+    while len(batch) < size:
+        _, position, ref = await stream.take()
+        if position >= wanted:
+            return batch, True
+        batch.append((position, ref))
+    return batch, False
+
+
+async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, rooms: _Rooms) -> list[dict[str, Any]]:
+    """Sample a batch and judge it; the rows of its part."""
+    prompts: list[Prompt] = [await ref for _, ref in batch]
+    rollout = settings.rollout
+    groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
+    judged = await asyncio.gather(*(_judged(group, rooms.verifiers) for group in groups))
+    return [
+        statistics_of(group, position) | {"texts": [rollout.text for rollout in group.rollouts]}
+        for (position, _), group in zip(batch, judged, strict=True)
+    ]
+
+
+async def _judged(group: Group, verifiers: VerifierPool) -> Group:
+    ticket = await verifiers.judge(Ticket(group.id, group.prompt.id, 0, group))
+    return await ticket.ref
+
+
+def _numbers(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What a batch came to, for the progress line."""
+    if not rows:
+        return {}
+    told = summary_of(rows)
+    return {"pass rate": told["mean_pass_rate"], "unsolved": told["never_right"], "response tokens": told["tokens"]}
+
+
+def write_results(settings: CurateSettings, order: RowOrder, parts: Parts, wanted: int) -> dict[str, Any]:
+    """Write what the parts say of the corpus; returns the summary."""
+    rows = list(parts.rows(wanted, texts=False))
+    statistics = {row["position"]: row for row in rows}
+    chosen, ranks = for_rl(rows, settings.low, settings.high), unsolved(rows, settings.hardest)
+    summary = summary_of(rows) | {
+        "policy": str(settings.policy),
+        "rollouts": settings.rollout.group_size,
+        "low": settings.low,
+        "high": settings.high,
+        "for_rl": len(chosen),
+        "for_teacher": len(ranks),
+    }
+    folder, figures = settings.output, [(name, kind) for name, kind in STATISTICS if name not in _ALREADY]
+    texts = parts.rows(wanted, texts=True)
+    with (
+        writing(folder / "rl.parquet", *figures) as rl,
+        writing(folder / "teacher.parquet", *figures, ("rank", pa.int64())) as teacher,
+        Pairs(folder, settings.pairs_per_prompt) as pairs,
+    ):
+        for position, prompt in _prompts(settings, order, wanted):
+            if position not in statistics:
+                continue
+            row = next(row for row in texts if row["position"] == position)
+            pairs.add(prompt, row["texts"])
+            if position in chosen:
+                rl.write(row_of(prompt) | _figures(row))
+            if position in ranks:
+                teacher.write(row_of(prompt) | _figures(row) | {"rank": ranks[position]})
+        summary |= {"pairs": pairs.pairs, "prompts_with_pairs": pairs.prompts}
+        rl.note(summary)
+        teacher.note(summary)
+    _write_statistics(folder / "statistics.parquet", rows, summary)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+_ALREADY = {"id", "data_source"}
+
+
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name, _ in STATISTICS if name not in _ALREADY}
+
+
+def _prompts(settings: CurateSettings, order: RowOrder, wanted: int) -> Iterator[tuple[int, Prompt]]:
+    """Prompts with their positions, in order; what was put into quarantine while sampling is passed over."""
+    needs = Requirements(ground_truth=True, decode=False, max_image_pixels=settings.corpora.max_image_pixels)
+    for piece in order.pieces(0, wanted):
+        for position, item in read_prompts(piece, needs):
+            if not isinstance(item, Quarantined):
+                yield position, item
+
+
+def _write_statistics(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    schema = pa.schema(STATISTICS, metadata={"prism_ray": json.dumps(summary)})
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema), partial)
+    partial.replace(path)
+
+
+class Pairs:
+    """Writes `warmup.jsonl` and the images it names; a context manager, whose file is there once it ends well."""
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.pairs = self.prompts = 0
+        self._path, self._images, self._most = folder / "warmup.jsonl", folder / "images", most
+
+    def __enter__(self) -> Pairs:
+        self._images.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.with_suffix(".partial").open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            self._path.with_suffix(".partial").replace(self._path)
+
+    def add(self, prompt: Prompt, texts: Sequence[str]) -> None:
+        """Write the pairs of a prompt."""
+        image, before = "", self.pairs
+        for pair in pairs_of(prompt, texts, self._most):
+            if prompt.images and not image:
+                image = self._kept(prompt.images[0])
+            ordered = {"id": pair.pop("id"), "image": image, **pair}
+            self._file.write(json.dumps(ordered, ensure_ascii=False) + "\n")
+            self.pairs += 1
+        self.prompts += self.pairs > before
+
+    def _kept(self, data: bytes) -> str:
+        """The image's path as the JSONL names it, relative to it."""
+        with Image.open(io.BytesIO(data)) as image:
+            suffix = (image.format or "img").lower()
+        name = f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
+        path = self._images / name
+        if not path.exists():
+            path.write_bytes(data)
+        return f"{self._images.name}/{name}"
