@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from prism_ray.config.report import ReportSettings, WandbSettings
 
 Row = dict[str, Any]
 """One line of metrics.jsonl: `stage`, `step`, `time` (seconds since 1970) and numbers by name."""
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A file of lines to add to; half a line that a killed run may have left is ended, so that nothing gets glued to
+    it."""
+    torn = False
+    if path.exists() and path.stat().st_size > 0:
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            torn = written.read(1) != b"\n"
+    file = path.open("a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
 
 
 class MetricsLog:
@@ -22,10 +37,7 @@ class MetricsLog:
         """`config` is what Weights & Biases shows as the run's configuration; the run is named like the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        if torn:  # a killed run may have left half a line; what follows must not be glued to it
-            self._file.write("\n")
+        self._file = open_to_append(path)
         self._stages: set[str] = set()  # each has an axis of its own in Weights & Biases
         self._wandb = (
             _start_wandb(folder, settings.wandb, config) if settings and settings.wandb.mode != "off" else None
@@ -64,6 +76,21 @@ def _start_wandb(folder: Path, settings: WandbSettings, config: Mapping[str, Any
     return wandb.init(project=settings.project, name=folder.name, dir=folder, mode=mode, config=dict(config or {}))
 
 
+def metric_rows(path: Path) -> Iterator[Row]:
+    """The file's rows as they were written, one at a time; lines that a kill has torn are left out, and so are rows
+    without a stage and a step."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
+                yield row
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The rows that count, in order; lines that a kill has torn are left out, and so is what was done over.
 
@@ -72,30 +99,10 @@ def read_metrics(path: Path) -> list[Row]:
     """
     rows: list[Row] = []
     furthest: dict[str, int] = {}
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            stage, step = row["stage"], row["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    for row in metric_rows(path):
+        stage, step = row["stage"], row["step"]
         if step < furthest.get(stage, step):
             rows = [r for r in rows if r["stage"] != stage or r["step"] < step]
         furthest[stage] = step
         rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
-
-
-def series(rows: Iterable[Row], name: str) -> dict[str, list[tuple[int, float]]]:
-    """Per stage, in order of appearance, the (step, value) points of one metric; several rows of a step: the last."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if name in row:
-            found.setdefault(row["stage"], {})[row["step"]] = row[name]
-    return {stage: sorted(points.items()) for stage, points in found.items()}
-
-
-def metric_names(rows: Iterable[Row]) -> list[str]:
-    """Every metric that occurs, sorted."""
-    return sorted({name for row in rows for name in row} - {"stage", "step", "time"})

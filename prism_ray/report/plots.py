@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: lines over steps and estimates with intervals; pure, no dependencies, no script.
+"""Small plots as inline SVG: lines and bands over steps, histograms, estimates with intervals; pure, no script.
 
 Colours are the page's CSS variables `--c0` … `--c7`, so that both light and dark pages work. Points carry a `<title>`,
 which browsers show on hovering.
@@ -16,7 +16,8 @@ from prism_ray.report.intervals import Interval
 COLOURS = 8
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 34
-_MOST_POINTS = 240
+_MOST_POINTS = 160
+_MOST_TITLES = 40
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,71 @@ class Line:
     dashed: bool = False
 
 
-def line_plot(lines: Sequence[Line], reference: float | None = None, x_label: str = "step") -> str:
-    """The lines over common axes; `reference` draws a thin horizontal line there (chance level, zero)."""
-    thinned = [(line, _thin(line.points)) for line in lines]
+@dataclass(frozen=True)
+class Band:
+    """An area of a plot between two curves: (step, low, high) points, in order."""
+
+    points: Sequence[tuple[float, float, float]]
+    colour: int
+
+
+def line_plot(
+    lines: Sequence[Line],
+    reference: float | None = None,
+    x_label: str = "step",
+    bands: Sequence[Band] = (),
+    small: bool = False,
+) -> str:
+    """The lines over common axes, over their `bands`; `reference` draws a thin horizontal line there (chance level,
+    zero). `small` draws them coarser and without what is shown on hovering."""
+    most = _MOST_POINTS // 2 if small else _MOST_POINTS
+    thinned = [(line, _thin(line.points, most)) for line in lines]
+    areas = [(band, _thin_band(band, most)) for band in bands]
     finite = [(x, y) for _, points in thinned for x, y in points if math.isfinite(y)]
     if not finite:
         return '<p class="none">no finite values</p>'
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     x_axis = _Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
     levels = [*ys, *([reference] if reference is not None else [])]
+    levels += [y for _, points in areas for _, low, high in points for y in (low, high)]
     y_axis = _Axis(min(levels), max(levels), _HEIGHT - _BOTTOM, _TOP, pad=0.06)
     parts = [_frame(x_axis, y_axis, x_label)]
     if reference is not None:
         y = y_axis(reference)
         parts.append(f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    parts += [_drawn(line, points, x_axis, y_axis) for line, points in thinned]
+    parts += [_area(points, band.colour, x_axis, y_axis) for band, points in areas]
+    parts += [_drawn(line, points, x_axis, y_axis, 0 if small else _MOST_TITLES) for line, points in thinned]
     names = escape(", ".join(line.label for line in lines))
     head = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}">'
     return head + "".join(parts) + "</svg>"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One histogram: the share in each of the bins, which are as wide as one another."""
+
+    label: str
+    shares: Sequence[float]
+    colour: int
+
+
+def histogram_plot(bars: Sequence[Bars], low: float, high: float, x_label: str) -> str:
+    """Histograms over common bins from `low` to `high`, one over the other."""
+    tallest = max((share for each in bars for share in each.shares), default=0.0)
+    x_axis = _Axis(low, high, _LEFT, _WIDTH - _RIGHT)
+    y_axis = _Axis(0.0, tallest or 1.0, _HEIGHT - _BOTTOM, _TOP)
+    parts = [_frame(x_axis, y_axis, x_label, whole=False)]
+    for each in bars:
+        width = (high - low) / len(each.shares)
+        path, colour = [f"M{x_axis(low):.1f} {y_axis(0):.1f}"], f"var(--c{each.colour % COLOURS})"
+        for number, share in enumerate(each.shares):
+            left, right = x_axis(low + number * width), x_axis(low + (number + 1) * width)
+            path.append(f"L{left:.1f} {y_axis(share):.1f}L{right:.1f} {y_axis(share):.1f}")
+        path.append(f"L{x_axis(high):.1f} {y_axis(0):.1f}Z")
+        title = f"<title>{escape(each.label)}</title>"
+        parts.append(f'<path class="area" d="{"".join(path)}" fill="{colour}" stroke="{colour}">{title}</path>')
+    names = escape(", ".join(each.label for each in bars))
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}">' + "".join(parts) + "</svg>"
 
 
 def interval_plot(rows: Sequence[tuple[str, Interval, Interval | None]], names: tuple[str, str]) -> str:
@@ -94,14 +142,15 @@ class _Axis:
         return [i * step for i in range(first, last + 1)]
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, whole: bool = True) -> str:
+    """Grid and labels; `whole` labels whole numbers alone, as steps are."""
     bottom, parts = _HEIGHT - _BOTTOM, []
     for tick in y_axis.ticks(4):
         y = y_axis(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
     for tick in x_axis.ticks(6):
-        if tick == int(tick):  # steps are whole
+        if not whole or tick == int(tick):
             parts.append(f'<text x="{x_axis(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{_number(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
@@ -109,19 +158,21 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
     return "".join(parts)
 
 
-def _drawn(line: Line, points: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis) -> str:
+def _drawn(line: Line, points: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis, titles: int) -> str:
+    every = math.ceil(len(points) / titles) if titles else 0
     colour = f"var(--c{line.colour % COLOURS})"
     dash = ' stroke-dasharray="5 3"' if line.dashed else ""
     path, marks, pen_down = [], [], False
-    for x, y in points:
+    for number, (x, y) in enumerate(points, start=1):
         if not math.isfinite(y):
             pen_down = False
             continue
         px, py = x_axis(x), y_axis(y)
         path.append(f"{'L' if pen_down else 'M'}{px:.1f} {py:.1f}")
         pen_down = True
-        title = f"<title>{escape(line.label)}, step {_number(x)}: {_number(y)}</title>"
-        marks.append(f'<circle class="hit" cx="{px:.1f}" cy="{py:.1f}" r="6">{title}</circle>')
+        if every and (number % every == 0 or number == len(points)):
+            title = f"<title>{escape(line.label)}, step {_number(x)}: {_number(y)}</title>"
+            marks.append(f'<circle class="hit" cx="{px:.1f}" cy="{py:.1f}" r="6">{title}</circle>')
     if len(path) == 1:  # a single point has no line
         x, y = next((x, y) for x, y in points if math.isfinite(y))
         marks.append(f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="4" fill="{colour}"/>')
@@ -139,9 +190,24 @@ def _mark(axis: _Axis, interval: Interval, y: float, label: str, hollow: bool) -
     )
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS` points: means over equal stretches, so that a long run stays light and readable."""
-    size = math.ceil(len(points) / _MOST_POINTS)
+def _area(points: Sequence[tuple[float, float, float]], colour: int, x_axis: _Axis, y_axis: _Axis) -> str:
+    there = [f"{x_axis(x):.1f} {y_axis(high):.1f}" for x, _, high in points]
+    back = [f"{x_axis(x):.1f} {y_axis(low):.1f}" for x, low, _ in reversed(points)]
+    path = f"M{'L'.join([*there, *back])}Z" if len(points) > 1 else ""
+    return f'<path class="band" d="{path}" fill="var(--c{colour % COLOURS})"/>' if path else ""
+
+
+def _thin_band(band: Band, most: int) -> list[tuple[float, float, float]]:
+    """A band as thin as its lines; where either edge is not finite there is none."""
+    low = _thin([(x, low) for x, low, _ in band.points], most)
+    high = _thin([(x, high) for x, _, high in band.points], most)
+    both = [(x, a, b) for (x, a), (_, b) in zip(low, high, strict=True)]
+    return [point for point in both if all(math.isfinite(value) for value in point)]
+
+
+def _thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many points: means over equal stretches, so that a long run stays light and readable."""
+    size = math.ceil(len(points) / most)
     if size <= 1:
         return list(points)
     chunks = [points[i : i + size] for i in range(0, len(points), size)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.logging import RichHandler
@@ -19,20 +22,30 @@ from rich.text import Text
 _ROOT = "prism_ray"
 _SHOWN = (
     ("reward/mean", "reward"),
+    ("reward/dropped_share", "groups dropped"),
     ("verify/accuracy", "accuracy"),
-    ("discriminator/gap/perception", "gap (perception)"),
-    ("discriminator/gap/reasoning", "gap (reasoning)"),
-    ("discriminator/pair_accuracy/perception", "pairs told apart (perception)"),
-    ("discriminator/pair_accuracy/reasoning", "pairs told apart (reasoning)"),
+    ("discriminator/gap/{view}", "gap"),
+    ("discriminator/pair_accuracy/{view}", "pairs told apart"),
+    ("discriminator/pair_accuracy/{view}_held_out", "held-out pairs told apart"),
     ("policy/loss", "policy loss"),
     ("supervised/loss", "loss"),
     ("correction/ess", "effective samples"),
-    ("staleness/mean", "staleness"),
-    ("staleness/max", "staleness, most"),
+    ("discriminator/version", "judge version"),
+    ("staleness/max", "policy staleness"),
+    ("staleness/judge_max", "judge staleness"),
     ("rollout/response_tokens", "response tokens"),
     ("rollout/tokens_per_second", "tokens/s"),
+    ("supervised/wait_share", "waits for data"),
+    ("learner/wait_share", "learner waits"),
+    ("weights/wait_share", "engines wait"),
 )
-"""The numbers worth a person's glance, in order, with what they are called there."""
+"""The numbers worth a person's glance, in order, with what they are called there; `{view}` stands for every view."""
+_PANEL_ONLY = {"correction/ess", "discriminator/version", "rollout/response_tokens"}
+"""Not on the log's lines, which would grow too long to read."""
+_PERCENT = {"supervised/wait_share", "learner/wait_share", "reward/dropped_share", "weights/wait_share"}
+_ALARM = re.compile(r"^discriminator/alarm/(.+)/(.+)$")
+_WINDOW = 20
+"""Steps whose mean time tells how long the rest will take: a run that got faster or slower is seen to."""
 
 
 def setup_logging(run_folder: Path, console: Console | None = None) -> None:
@@ -69,11 +82,11 @@ class Progress:
         self._log = logging.getLogger(f"{_ROOT}.progress")
         self._live: Live | None = None
         self._step, self._numbers = 0, {}
+        self._ends: deque[tuple[int, float]] = deque(maxlen=_WINDOW + 1)
 
     def __enter__(self) -> Progress:
-        self._began = self._last_line = time.monotonic()
-        self._first_step: int | None = None
-        self._step_seconds = math.nan
+        self._began = self._last_line = self._last_end = time.monotonic()
+        self._ends.clear()
         if self._console.is_terminal:
             self._live = Live(self._panel(), console=self._console, refresh_per_second=4)
             self._live.start()
@@ -92,10 +105,12 @@ class Progress:
     def update(self, step: int, **numbers: float) -> None:
         """`step` steps are done; `numbers` are the metrics by name (of those, the telling ones are shown)."""
         now = time.monotonic()
-        if self._first_step is None:
-            # A resumed stage begins at its checkpoint's step: the time of the steps before it is not in `_began`.
-            self._first_step = step - 1
-        self._step_seconds = (now - self._began) / max(1, step - self._first_step)
+        if not self._ends or step <= self._ends[-1][0]:
+            # A stage begins at its checkpoint's step, or goes back to it after a fault: no step before it counts.
+            self._ends.clear()
+            self._ends.append((step - 1, self._last_end))
+        self._ends.append((step, now))
+        self._last_end = now
         self._step, self._numbers = step, dict(numbers)
         if self._live is not None:
             self._live.update(self._panel())
@@ -105,28 +120,64 @@ class Progress:
 
     def line(self) -> str:
         """Where the stage stands, on one line."""
-        shown = [f"{label} {_short(value)}" for label, value in telling(self._numbers)]
-        timing = [] if math.isnan(self._step_seconds) else [f"{self._step_seconds:.1f} s/step", f"left {self._left()}"]
-        return "  ".join([f"{self.title} {self._step}/{self.total}", *shown, *timing])
+        shown = [f"{label} {value}" for label, value in telling(self._numbers, brief=True)]
+        return "  ".join([f"{self.title} {self._step}/{self.total}", *shown, *self._timing()])
 
-    def _left(self) -> str:
-        return duration(self._step_seconds * max(0, self.total - self._step))
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of the last steps; NaN before the first."""
+        if len(self._ends) < 2:
+            return math.nan
+        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        return (ended - began) / (last - first)
+
+    def _timing(self) -> list[str]:
+        seconds = self.step_seconds
+        if math.isnan(seconds):
+            return []
+        return [f"{seconds:.1f} s/step", f"left {duration(seconds * max(0, self.total - self._step))}"]
 
     def _panel(self) -> Panel:
-        table = Table.grid(padding=(0, 2))
-        for label, value in telling(self._numbers):
-            table.add_row(Text(label, style="dim"), _short(value))
-        timing = "" if math.isnan(self._step_seconds) else f"{self._step_seconds:.1f} s/step, {self._left()} left"
+        bar = ProgressBar(total=max(1, self.total), completed=min(self._step, self.total), width=20)
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=max(1, self.total), completed=self._step, width=40)
-        head.add_row(bar, f"{self._step}/{self.total}", timing)
-        return Panel(Group(head, table), title=self.title, title_align="left", expand=False)
+        head.add_row(bar, Text(f"{self._step}/{self.total}"), Text("  ".join(self._timing())))
+        told = dict(telling(self._numbers))
+        alarm = told.pop("alarm", "")
+        shown = [Text.assemble((f"{label} ", "dim"), value) for label, value in told.items()]
+        # As many beside each other as the terminal is wide, so that a wide one gets a low panel.
+        body = Columns(shown, padding=(0, 3), column_first=True) if shown else Text("waiting for the first step")
+        last = [Text(f"alarm {alarm}", style="yellow")] if alarm else []
+        return Panel(Group(head, body, *last), title=self.title, title_align="left", expand=False)
 
 
-def telling(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
-    """The numbers worth a glance with their labels; where none of them is known, the first few there are."""
-    known = [(label, numbers[name]) for name, label in _SHOWN if name in numbers]
-    return known or list(numbers.items())[:6]
+def telling(numbers: Mapping[str, float], brief: bool = False) -> list[tuple[str, str]]:
+    """The numbers worth a glance as (label, value), those of all views together, and the alarms that ring; where none
+    of them is known, the first few there are. `brief` leaves out what a line of a log has no room for."""
+    if paused := numbers.get("weights/paused_s"):
+        numbers = {**numbers, "weights/wait_share": paused / max(numbers.get("time/step_s", 0.0), paused)}
+    known, named = [], False
+    for name, label in _SHOWN:
+        if brief and name in _PANEL_ONLY:
+            continue
+        if "{view}" not in name:
+            if name in numbers:
+                known.append((label, f"{numbers[name]:.0%}" if name in _PERCENT else _short(numbers[name])))
+        elif views := _of_views(name, numbers):
+            known.append(
+                (label if named else f"{label} ({' / '.join(views)})", " / ".join(map(_short, views.values())))
+            )
+            named = True
+    ringing = [f"{m[1]} ({m[2]})" for name, value in numbers.items() if value > 0 and (m := _ALARM.match(name))]
+    known += [("alarm", ", ".join(ringing))] if ringing else []
+    return known or [(name, _short(value)) for name, value in list(numbers.items())[:6]]
+
+
+def _of_views(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """A metric of every view, by view; the name of a held-out one must say so."""
+    before, _, after = name.partition("{view}")
+    found = {n[len(before) : len(n) - len(after)]: v for n, v in numbers.items() if n.startswith(before)}
+    return {view: v for view, v in sorted(found.items()) if f"{before}{view}{after}" in numbers and "/" not in view
+            and not view.endswith("_held_out")}  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -137,6 +188,8 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from prism_ray.report.intervals import Interval
-from prism_ray.report.plots import Line, interval_plot, line_plot
+from prism_ray.report.plots import Band, Bars, Line, histogram_plot, interval_plot, line_plot
 
 
 def path_of(svg: str, number: int = 0) -> list[tuple[str, float, float]]:
@@ -38,9 +38,9 @@ def test_nothing_finite_says_so():
 
 
 def test_a_long_run_is_thinned_to_means():
-    points = [(i, float(i % 2)) for i in range(10_000)]
+    points = [(i, float(i % 2)) for i in range(9_600)]
     drawn = path_of(line_plot([Line("a", points, 0)]))
-    assert 100 <= len(drawn) <= 240
+    assert 80 <= len(drawn) <= 160
     assert len({y for _, _, y in drawn}) == 1, "means over even stretches of 0, 1, 0, 1 are all a half"
 
 
@@ -55,3 +55,43 @@ def test_intervals_are_drawn_with_their_numbers():
     ET.fromstring(svg)
     assert "a&lt;b, sampled: 0.500 (0.400 to 0.600)" in svg and "a&lt;b, greedy: 0.700" in svg
     assert interval_plot([], ("x", "y")) == ""
+
+
+def test_a_long_run_stays_light_however_long_it_is():
+    points = [(i, math.sin(i)) for i in range(100_000)]
+    assert len(line_plot([Line("a", points, 0)])) < 15_000
+    small = line_plot([Line("a", points, 0)], small=True)
+    assert len(small) < 4000 and "<title>" not in small
+
+
+def test_the_newest_point_can_always_be_read():
+    svg = line_plot([Line("a", [(i, i) for i in range(1, 158)], 0)])
+    assert "a, step 157: 157" in svg
+
+
+def test_a_band_lies_between_its_curves_under_the_lines():
+    band = Band([(1, 0.0, 2.0), (2, 1.0, 3.0)], 4)
+    svg = line_plot([Line("middle", [(1, 1.0), (2, 2.0)], 4)], bands=[band])
+    ET.fromstring(svg)
+    assert svg.index('class="band"') < svg.index('stroke="var(--c4)"')
+    corners = [float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", re.findall(r'class="band" d="M([^"]*)Z"', svg)[0])]
+    first_high, last_high, last_low, first_low = corners
+    (_, _, first), (_, _, last) = path_of(svg.replace('<path class="band" d', "<no d"))
+    assert first_high < first < first_low and last_high < last < last_low
+
+
+def test_a_band_with_holes_or_of_one_step_is_drawn_as_far_as_it_goes():
+    for points in ([(1, math.nan, 2.0), (2, 1.0, 3.0)], [(1, 0.0, 2.0)], []):
+        ET.fromstring(line_plot([Line("a", [(1, 1.0), (2, 2.0)], 0)], bands=[Band(points, 1)]))
+
+
+def test_a_taller_bin_is_a_higher_bar():
+    svg = histogram_plot([Bars("a <b>", [0.25, 0.5, 0.25], 0)], -1.0, 2.0, "score")
+    ET.fromstring(svg)
+    path = re.findall(r'class="area" d="([^"]*)"', svg)[0]
+    heights = [float(y) for y in re.findall(r"L[\d.]+ ([\d.]+)", path)]
+    assert heights[0] == heights[1] > heights[2] == heights[3] < heights[4] and "a &lt;b&gt;" in svg
+
+
+def test_an_empty_histogram_is_still_a_picture():
+    ET.fromstring(histogram_plot([Bars("a", [0.0, 0.0], 0)], 0.0, 1.0, "score"))

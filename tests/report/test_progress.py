@@ -1,5 +1,6 @@
 import io
 import logging
+import re
 
 import pytest
 from rich.console import Console
@@ -54,7 +55,62 @@ def test_a_terminal_gets_a_live_panel():
     with Progress("align", 2, console=terminal) as progress:
         progress.update(1, **{"staleness/max": 1.0, "discriminator/gap/perception": 0.25})
     text = terminal.file.getvalue()
-    assert "align" in text and "1/2" in text and "gap (perception)" in text and "0.25" in text
+    assert "align" in text and "1/2" in text and "gap (perception) 0.25" in plain_text(text)
+
+
+def plain_text(shown):
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
+
+
+FULL = {
+    "reward/mean": 0.5, "discriminator/gap/perception": 1.5, "discriminator/gap/reasoning": 2.5,
+    "discriminator/gap/reasoning_held_out": 9.0, "discriminator/pair_accuracy/perception": 0.75,
+    "discriminator/pair_accuracy/reasoning": 0.5, "discriminator/version": 12.0, "staleness/max": 1.0,
+    "staleness/judge_max": 2.0, "rollout/tokens_per_second": 7094.2, "learner/wait_share": 0.34,
+    "weights/paused_s": 0.1, "time/step_s": 1.0, "discriminator/alarm/chance/reasoning": 1.0,
+    "discriminator/alarm/drift/reasoning": 0.0, "correction/ess": float("nan"),
+}  # fmt: skip
+
+
+def test_what_matters_of_a_step_is_told():
+    assert telling(FULL) == [
+        ("reward", "0.5"), ("gap (perception / reasoning)", "1.5 / 2.5"), ("pairs told apart", "0.75 / 0.5"),
+        ("effective samples", "–"), ("judge version", "12"), ("policy staleness", "1"), ("judge staleness", "2"),
+        ("tokens/s", "7094"), ("learner waits", "34%"), ("engines wait", "10%"), ("alarm", "chance (reasoning)"),
+    ]  # fmt: skip
+    assert "judge version" not in dict(telling(FULL, brief=True))
+    held_out = {"discriminator/pair_accuracy/reasoning_held_out": 0.9}
+    assert telling(held_out) == [("held-out pairs told apart (reasoning)", "0.9")]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_the_panel_fits_any_terminal_and_tells_the_same(width):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=width)
+    with Progress("align", 2, console=terminal) as progress:
+        progress.update(1, **FULL)
+        console = Console(file=io.StringIO(), width=width)
+        console.print(progress._panel())
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(re.sub(r"[│╭╮╰╯─━╸╺]", " ", text).split())
+    for told in ("judge version 12", "learner waits 34%", "7094", "chance (reasoning)"):
+        assert told in words
+
+
+def test_the_time_left_follows_the_last_steps(plain, clock):
+    with Progress("align", 200, console=plain) as progress:
+        for step in range(1, 101):
+            clock[0] += 60 if step <= 50 else 2
+            progress.update(step)
+        assert "2.0 s/step  left 3:20" in progress.line()
+
+
+def test_a_stage_that_goes_back_to_its_checkpoint_still_knows_the_time_left(plain, clock):
+    with Progress("align", 20, console=plain) as progress:
+        for step in (1, 2, 3, 4, 3, 4):
+            clock[0] += 4
+            progress.update(step)
+        assert "4.0 s/step  left 1:04" in progress.line()
 
 
 def test_a_stage_that_fails_is_said_to_have_stopped(tmp_path, plain):
@@ -74,8 +130,8 @@ def test_setting_up_logging_again_does_not_double_the_lines(tmp_path, plain):
 
 
 def test_unknown_numbers_are_shown_where_none_is_known():
-    assert telling({"a/b": 1.0}) == [("a/b", 1.0)]
-    assert telling({"a/b": 1.0, "policy/loss": 2.0}) == [("policy loss", 2.0)]
+    assert telling({"a/b": 1.0}) == [("a/b", "1")]
+    assert telling({"a/b": 1.0, "policy/loss": 2.0}) == [("policy loss", "2")]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (42.4, "0:42"), (725, "12:05"), (3723, "1:02:03")])
