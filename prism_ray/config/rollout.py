@@ -53,14 +53,31 @@ class RolloutSettings(Settings):
     seed: int = 0
     """Added to the run's seed for the engines' random numbers; engine i uses their sum + i."""
 
+    partial: Literal["continue", "regenerate"] = "continue"
+    """What becomes of an unfinished rollout whose engine was lost or removed. `continue`: another engine goes on from
+    the tokens that are known, which keep their log-probs and versions. `regenerate`: it is sampled from the beginning,
+    as an environment with side effects in mid-response would need."""
+    progress_s: float = Field(default=2.0, gt=0)
+    """How often an engine tells what its unfinished rollouts have so far, where `partial` is `continue`; a lost engine
+    takes with it what came since. The news of 256 sequences cost an engine 7 to 10 ms."""
+
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    """An engine whose actor or vLLM process does not answer for so long hangs, and is replaced like a dead one. Longer
+    than the longest single decoding step; exchanges of weights are not counted."""
     generate_timeout_s: float = Field(default=300.0, gt=0)
-    """How long the pool waits for a group, queue in the engine included, before it fails and names the engine."""
+    """How long an engine may take for a group, its own queue included, before it counts as hung although it answers."""
     control_timeout_s: float = Field(default=120.0, gt=0)
     """The same for new weights, health checks and shutdown."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     """The same for an engine's start, which takes 20 s on two idle cores and minutes for large models."""
     max_restarts: int = Field(default=2, ge=0)
-    """How often a dead engine is replaced, each, before the pool gives up and names it."""
+    """How often an engine is replaced within `restart_window_s` before the pool goes on without it, and gives up if it
+    was the last."""
+    restart_window_s: float = Field(default=3600.0, gt=0)
+    """Older restarts are forgotten: a third death in a week is no sign of a fault that restarting cannot mend."""
+    max_losses: int = Field(default=3, ge=0)
+    """How often one group may lose its engine before the run ends with the group's number: a prompt that kills engines
+    would kill all of them."""
 
     @model_validator(mode="after")
     def _prompt_has_room(self) -> RolloutSettings:

@@ -7,12 +7,16 @@ not banned. `models.logprobs.response_logprobs` computes the same one when given
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -28,8 +33,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.models.encode import Encoder
 from prism_ray.records import Prompt, Rollout
+from prism_ray.rollout.partial import UNFINISHED, Piece, joined, nothing
 from prism_ray.rollout.process import environment
-from prism_ray.rollout.sampling import Sampling, versions_of
+from prism_ray.rollout.sampling import Request, check_rollouts, versions_of
 from prism_ray.weights import files
 from prism_ray.weights.shared_memory import BACKEND
 
@@ -41,13 +47,16 @@ class Engine:
         self._llm, self._encoder, self._settings = llm, encoder, settings
         self._shapes = files.shapes_in(files.checkpoint_files(folder))
         self._ids = itertools.count()
+        self._running: dict[str, _Run] = {}
         self._updating = asyncio.Lock()
-        self.version, self._transfers = 0, 0
+        self._transfers, self._era = 0, 0
+        self.version = 0
 
     @classmethod
     async def start(cls, folder: str | Path, settings: RolloutSettings, seed: int, version: int) -> Engine:
         """Start vLLM on the Hugging Face checkpoint in `folder`, whose weights count as `version`."""
         os.environ.update(environment(settings))
+        files.remove_orphans()
         encoder = Encoder(folder, settings.max_prompt_tokens)
         llm = AsyncLLM.from_engine_args(_arguments(folder, settings, seed))
         engine = cls(llm, encoder, Path(folder), settings)
@@ -56,34 +65,69 @@ class Engine:
         await engine._label(version)
         return engine
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Sample a group. One request, so that the prompt's images are processed and encoded once."""
-        request: Any = self._encoder.engine_prompt(prompt)
-        request["cache_salt"] = str(self._transfers)  # blocks computed under other weights must not match
-        params = SamplingParams(
-            n=sampling.n,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=[self._encoder.end_id],
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        final: Any = None
-        async for output in self._llm.generate(request, params, request_id=str(next(self._ids))):
-            final = output
-        prompt_ids = np.asarray(final.prompt_token_ids, np.int32)
-        return [self._rollout(prompt.id, prompt_ids, completion) for completion in final.outputs]
+    async def generate(self, prompt: Prompt, request: Request, so_far: Sequence[Rollout] = ()) -> list[Rollout]:
+        """Sample a group, going on from `so_far`. Unfinished rollouts (`end_all`) have finish reason `abort`.
+
+        What is begun anew is one vLLM request, so that the prompt's images are processed and encoded once; a beginning
+        becomes part of its request's prompt, and its tokens keep their log-probs and versions.
+        """
+        asked: Any = self._encoder.engine_prompt(prompt)
+        finished = [r for r in so_far if r.finish_reason != UNFINISHED]
+        begun = [r for r in so_far if r.finish_reason == UNFINISHED and len(r.token_ids)]
+        fresh = sorted(set(range(request.sampling.n)) - {r.index for r in finished + begun})
+        runs = [_Run(request.key, (r.index,), r) for r in begun]
+        if fresh:
+            runs.append(_Run(request.key, tuple(fresh)))
+        try:
+            sampled = await asyncio.gather(*(self._sample(prompt.id, asked, request, run) for run in runs))
+        except VLLMClientError as error:  # the request's own fault, for which no engine should be replaced
+            raise ValueError(f"prompt {prompt.id}: {error}") from None
+        if finished:
+            prompt_ids = self._encoder.prompt(prompt).token_ids.numpy().astype(np.int32)
+            known = {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids}
+            sampled.append([replace(r, text=self._text(r.token_ids), **known) for r in finished])
+        rollouts = sorted(itertools.chain.from_iterable(sampled), key=lambda r: r.index)
+        # What was abandoned ends when the engine may hold an older version already.
+        newest = self.version if request.era >= self._era else sys.maxsize
+        check_rollouts(rollouts, request.sampling, len(self._encoder.pieces), newest)
+        return rollouts
+
+    def progress(self) -> dict[int, tuple[int, list[Piece]]]:
+        """News of every group under way, by the key of its request: how many tokens it may still have to produce, and
+        what its rollouts have since the last call.
+
+        Read from vLLM's own bookkeeping of what it has put out, where each token is with its version: streaming the
+        same would wake this process for every token.
+        """
+        news: dict[int, tuple[int, list[Piece]]] = {}
+        for request_id, run in self._running.items():
+            remaining, pieces = news.get(run.key, (0, []))
+            sequences = list(self._sequences(request_id))
+            for position, tokens, logp, spans, reason in sequences:
+                if reason == UNFINISHED:
+                    remaining += run.max_tokens - len(tokens)
+                if len(tokens) > run.told.get(position, 0):
+                    pieces.append(run.piece(position, tokens, logp, spans, reason))
+            if not sequences:  # vLLM still prepares the prompt
+                remaining += run.max_tokens * len(run.indices)
+            news[run.key] = (remaining, pieces)
+        return news
+
+    async def end_all(self, before: int) -> None:
+        """End all requests of eras before `before`, those on their way here too; each returns what it has."""
+        self._era = max(self._era, before)
+        ending = set(self._running)
+        while ending := ending & self._running.keys():
+            async with self._updating:
+                await self._llm.abort(ending)
+            await asyncio.sleep(0.01)  # vLLM knows a request only once its prompt is prepared
 
     async def update(self, weights: Any, version: int) -> dict[str, float]:
         """Go on with `weights` (a learner's arrays by name) as `version`. Returns how long decoding stood still."""
         label = f"weights of version {version}"
-        file = await asyncio.to_thread(files.write_shared, weights, self._shapes, label)
-        try:
-            return await self._transfer([file], version)
-        finally:
-            file.unlink(missing_ok=True)
+        with files.SharedFile() as shared:
+            await asyncio.to_thread(shared.write, weights, self._shapes, label)
+            return await self._transfer([shared.path], version)
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Go on with the weights of a checkpoint folder of the same architecture as `version`."""
@@ -92,9 +136,17 @@ class Engine:
         return await self._transfer(found, version)
 
     async def health(self) -> dict[str, int]:
-        """Raises if the engine cannot work any more."""
+        """What the engine says of itself; raises if it cannot work any more."""
         await self._llm.check_health()
         return {"version": self.version, "running": self._llm.get_num_unfinished_requests(), "pid": os.getpid()}
+
+    async def alive(self) -> None:
+        """Answers once vLLM's own process has, which it does between two steps.
+
+        It does not while weights are exchanged; that has a deadline of its own.
+        """
+        if not self._updating.locked():
+            await self._llm.get_weight_version()
 
     def stop(self) -> None:
         self._llm.shutdown()
@@ -123,19 +175,88 @@ class Engine:
         await self._llm.update_weight_version(str(version))
         self.version = version
 
-    def _rollout(self, prompt_id: str, prompt_ids: np.ndarray, completion: Any) -> Rollout:
+    async def _sample(self, prompt_id: str, asked: Any, request: Request, run: _Run) -> list[Rollout]:
+        request_id, sampling = str(next(self._ids)), request.sampling
+        prefix = [] if run.begun is None else run.begun.token_ids.tolist()
+        run.max_tokens = sampling.max_tokens - len(prefix)
+        params = SamplingParams(
+            n=len(run.indices),
+            temperature=sampling.temperature,
+            max_tokens=run.max_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            stop_token_ids=[self._encoder.end_id],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens = asked["prompt_token_ids"] + prefix
+        # Blocks computed under other weights must not match.
+        salted: Any = asked | {"prompt_token_ids": tokens, "cache_salt": str(self._transfers)}
+        if request.era < self._era:  # abandoned on its way here
+            return [run.begun or nothing(prompt_id, i) for i in run.indices]
+        self._running[request_id] = run
+        final: Any = None
+        try:
+            async for output in self._llm.generate(salted, params, request_id=request_id):
+                final = output
+        finally:
+            del self._running[request_id]
+        expanded = np.asarray(final.prompt_token_ids, np.int32)
+        prompt_ids = expanded[: len(expanded) - len(prefix)]
+        return [self._rollout(prompt_id, prompt_ids, completion, run) for completion in final.outputs]
+
+    def _rollout(self, prompt_id: str, prompt_ids: np.ndarray, completion: Any, run: _Run) -> Rollout:
         token_ids = np.asarray(completion.token_ids, np.int32)
         logp = np.asarray(completion.logprobs.logprobs if completion.logprobs else [], np.float32)
-        return Rollout(
+        sampled = Rollout(
             prompt_id=prompt_id,
-            index=completion.index,
+            index=run.indices[completion.index],
             prompt_token_ids=prompt_ids,
             token_ids=token_ids,
             logp=logp,
             versions=versions_of(completion.weight_versions or [], len(token_ids)),
-            text=b"".join(self._encoder.pieces[i] for i in token_ids).decode(errors="replace"),
+            text="",
             finish_reason=completion.finish_reason,
         )
+        whole = sampled if run.begun is None else joined(run.begun, sampled)
+        return replace(whole, text=self._text(whole.token_ids))
+
+    def _text(self, token_ids: np.ndarray) -> str:
+        return b"".join(self._encoder.pieces[i] for i in token_ids).decode(errors="replace")
+
+    def _sequences(self, request_id: str) -> Iterator[tuple[int, list[int], list[float], Any, str]]:
+        """Position, token ids, log-probs, version spans and finish reason of a request's sequences, as vLLM has them
+        now: those under way, then those that wait for them."""
+        outputs = self._llm.output_processor
+        parent: Any = None
+        for name in outputs.external_req_ids.get(request_id, ()):
+            state: Any = outputs.request_states[name]
+            logp = state.logprobs_processor.logprobs
+            tokens = state.detokenizer.output_token_ids
+            yield state.request_index, tokens, logp.logprobs if logp else [], state._weight_version_spans(), UNFINISHED
+            parent = state.parent_req
+        for done in (c for c in (parent.output_aggregator if parent else ()) if c):
+            yield done.index, done.token_ids, done.logprobs.logprobs, done.weight_versions, done.finish_reason
+
+
+@dataclass(eq=False)
+class _Run:
+    """One vLLM request: the rollouts it samples, what they go on from, and how many tokens of each were told."""
+
+    key: int
+    indices: tuple[int, ...]
+    begun: Rollout | None = None
+    max_tokens: int = 0
+    told: dict[int, int] = field(default_factory=dict)
+
+    def piece(self, position: int, tokens: list[int], logp: list[float], spans: Any, reason: str) -> Piece:
+        """What is new of one sequence."""
+        old, new = self.told.get(position, 0), len(tokens)
+        self.told[position] = new
+        start = old + (0 if self.begun is None else len(self.begun.token_ids))
+        versions = versions_of(spans or [], new)[old:]
+        ids, logps = np.asarray(tokens[old:], np.int32), np.asarray(logp[old:], np.float32)
+        return Piece(self.indices[position], start, ids, logps, versions, reason)
 
 
 class WorkerExtension:
@@ -162,8 +283,16 @@ class WorkerExtension:
         _end_with(owner)
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def _end_with(owner: int) -> None:
-    """End this process when the process `owner` does: vLLM's own would outlive an actor that was killed."""
+    """End this process when the process `owner` does: vLLM's own would outlive an actor that was killed.
+
+    The kernel sees to it where `owner` is its parent, even if this process is stopped; a thread otherwise.
+    """
+    if owner == os.getppid():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while Path(f"/proc/{owner}").exists():

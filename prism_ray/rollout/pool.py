@@ -1,45 +1,40 @@
-"""The pool of engines: sends groups to the least loaded, gives all of them new weights, replaces those that die."""
+"""The pool of engines: sends groups to the least loaded, gives all of them new weights, replaces those that are lost.
+
+An engine is lost when its actor or vLLM's process dies or stops answering, when it fails, returns garbage, or exceeds
+the deadline of a call. Its groups go to others, each once, with what is known of them (`rollout.partial`); a successor
+gets work once it holds the weights that the others hold.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
+import sys
 import time
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt
+from prism_ray.rollout.dispatch import KEPT, LOSSES, LOST, REFUSED, Job, Queue
+from prism_ray.rollout.life import PoolEngine, RestartBudget, Weights, fetched, hand_over, set_within
+from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
-from prism_ray.rollout.sampling import EngineFailed, Sampling
+from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
 from prism_ray.rollout.worker import ENGINE_ACTOR
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import Lost, Watched
+from prism_ray.weights.files import remove_orphans
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class _Engine:
-    """One life of an engine. `outstanding`: response tokens it may still have to produce."""
-
-    index: int
-    name: str
-    actor: ActorHandle
-    outstanding: int = 0
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What every engine must hold: a reference to arrays or a checkpoint folder (or None: what it was started with)."""
-
-    version: int
-    arrays: Any = None
-    folder: Path | None = None
+OF_NO_MORE_USE = (Lost, EngineFailed, TimeoutError)
+"""What a call raises when its engine must be replaced; anything else is the request's own fault."""
 
 
 class RolloutPool:
@@ -49,25 +44,26 @@ class RolloutPool:
         self._folder, self.settings = folder, settings
         self.max_response_tokens: int | None = None
         """Where `generate` cuts a response in the present phase; None: where the settings say."""
-        self._weights = _Weights(version)
-        self._ready: dict[int, _Engine] = {}
-        self._restarts = dict.fromkeys(range(settings.engines), 0)
-        self._restarting: set[asyncio.Task[None]] = set()
+        self._weights = Weights(version)
+        self._spreading = asyncio.Lock()
+        self._wanted = settings.engines
+        self._ready: dict[int, PoolEngine] = {}
+        self._budget = RestartBudget(settings.max_restarts, settings.restart_window_s)
+        self._restarting: dict[int, asyncio.Task[None]] = {}
         self._failure: Exception | None = None
-        self._changed = asyncio.Condition()
+        self._queue = Queue(2 * settings.max_concurrent)
+        self._jobs: set[Job] = set()
+        self._keys, self._era = itertools.count(), 0
+        self._changed = asyncio.Event()
         self._tokens, self._since = 0, time.monotonic()
 
     @classmethod
     async def create(cls, folder: str | Path, settings: RolloutSettings, version: int = 0) -> RolloutPool:
         """Start all engines on the Hugging Face checkpoint in `folder`, whose weights count as `version`."""
         pool = cls(Path(folder).absolute(), settings, version)
-        starts = [asyncio.create_task(pool._start(index)) for index in range(settings.engines)]
         try:
-            await asyncio.gather(*starts)
+            await pool.resize(settings.engines)
         except BaseException:
-            for start in starts:
-                start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
             await pool.shutdown()
             raise
         return pool
@@ -75,12 +71,14 @@ class RolloutPool:
     async def generate(self, ticket: Ticket) -> Ticket:
         """Sample the prompt's group; the returned ticket refers to a `Group` without verdicts.
 
-        An engine that dies meanwhile is replaced and the group sampled once more, from the beginning.
+        If its engine is lost meanwhile, another one samples the rest of it, or all of it (`rollout.partial`). The
+        ticket's stats count that.
         """
         s = self.settings
         sampling = Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
         group, meta = await self._sampled(ticket.ref, ticket.id, sampling)
-        return replace(ticket, ref=group, **(meta | {"stats": ticket.stats | meta["stats"]}))
+        facts = {name: meta[name] for name in ("oldest_version", "tokens", "total_tokens")}
+        return replace(ticket, ref=group, stats=ticket.stats | meta["stats"], **facts)
 
     async def sample(
         self,
@@ -92,13 +90,10 @@ class RolloutPool:
     ) -> list[Group]:
         """Sample `n` responses to each prompt, for evaluation; groups in the order of the prompts."""
         sampling = Sampling(n, 0.0 if greedy else temperature, max_tokens or self.settings.max_response_tokens)
-        # Twice what is decoded at once keeps the engines busy, and no group waits in a queue until its deadline.
-        places = asyncio.Semaphore(max(1, 2 * self.settings.engines * self.settings.max_concurrent // n))
 
         async def one(index: int, prompt: Prompt) -> Group:
-            async with places:
-                group, _ = await self._sampled(prompt, index, sampling)
-                return await group
+            group, _ = await self._sampled(prompt, index, sampling)
+            return await group
 
         return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
@@ -107,104 +102,213 @@ class RolloutPool:
 
         Engines take them between two decoding steps and go on. Returns once all that are alive hold them; one that is
         being replaced gets them before it gets work. Returns metrics.
+
+        A version older than the engines' (the learner was rebuilt from a checkpoint) abandons everything in flight:
+        all groups are sampled anew under these weights, because the numbers of the versions after it will be given
+        again to other weights.
         """
         if not isinstance(weights, ray.ObjectRef):
             weights = ray.put(weights)
-        return await self._spread(_Weights(version, arrays=weights))
+        return await self._spread(Weights(version, arrays=weights))
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Like `publish`, from a checkpoint folder of the same architecture: how another stage takes over the pool."""
-        return await self._spread(_Weights(version, folder=Path(folder).absolute()))
+        return await self._spread(Weights(version, folder=Path(folder).absolute()))
+
+    async def resize(self, engines: int) -> None:
+        """Have so many engines, while the others go on: what a reload with another `rollout.engines` calls.
+
+        Returns once new engines hold the current weights and have work, and removed ones have handed back what they
+        had not finished. Raises if a new one does not start; those that did stay.
+        """
+        if engines < 1:
+            raise ValueError(f"rollout.engines is {engines}; a pool needs at least one")
+        self._wanted = engines
+        self.settings = self.settings.model_copy(update={"engines": engines})
+        missing = [i for i in range(engines) if i not in self._ready and i not in self._restarting]
+        surplus = [self._ready.pop(i) for i in list(self._ready) if i >= engines]
+        for task in [self._restarting[i] for i in self._restarting if i >= engines]:
+            task.cancel()
+        starts = [asyncio.create_task(self._start(i)) for i in missing]
+        try:
+            await asyncio.gather(*starts, *(self._dismiss(engine) for engine in surplus))
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            raise
 
     async def health(self) -> dict[str, dict[str, int]]:
         """What every living engine says of itself; raises if one does not answer."""
-        engines = list(self._ready.values())
-        limit = self.settings.control_timeout_s
-        said = await asyncio.gather(*(_within(limit, e.actor.health.remote(), e, "say how it is") for e in engines))
-        return {engine.name: words for engine, words in zip(engines, said, strict=True)}
+        engines, limit = list(self._ready.values()), self.settings.control_timeout_s
+        answers = (e.watched.answer(e.watched.actor.health.remote(), "say how it is", limit) for e in engines)
+        said = await asyncio.gather(*answers)
+        return {engine.watched.name: words for engine, words in zip(engines, said, strict=True)}
 
     async def shutdown(self) -> None:
         """End all engines; whoever still waits for them is told so."""
-        await self._give_up(EngineFailed("the rollout pool was shut down"))
-        for task in list(self._restarting):
+        self._fail(EngineFailed("the rollout pool was shut down"))
+        restarting = list(self._restarting.values())
+        for task in restarting:
             task.cancel()
-        await asyncio.gather(*self._restarting, return_exceptions=True)
+        await asyncio.gather(*restarting, return_exceptions=True)
         engines = list(self._ready.values())
         self._ready.clear()
-        limit = self.settings.control_timeout_s
-        stops = (_within(limit, engine.actor.stop.remote(), engine, "stop") for engine in engines)
-        await asyncio.gather(*stops, return_exceptions=True)
-        for engine in engines:
-            ray.kill(engine.actor)
+        await asyncio.gather(*(self._end(engine) for engine in engines))
+        remove_orphans()
 
     # Dispatch
 
     async def _sampled(self, prompt: Any, group_id: int, sampling: Sampling) -> tuple[Any, dict[str, Any]]:
         """A reference to the group and what its ticket needs."""
-        try:
-            return await self._attempt(prompt, group_id, sampling)
-        except EngineFailed:
-            return await self._attempt(prompt, group_id, sampling)
-
-    async def _attempt(self, prompt: Any, group_id: int, sampling: Sampling) -> tuple[Any, dict[str, Any]]:
-        engine = await self._least_loaded()
-        tokens = sampling.n * sampling.max_tokens
-        engine.outstanding += tokens
-        try:
-            call: Any = engine.actor.generate.options(num_returns=2)
-            group, told = call.remote(prompt, group_id, sampling)
-            meta = await _within(self.settings.generate_timeout_s, told, engine, f"sample group {group_id}")
-        except EngineFailed as error:
-            await self._bury(engine, error)
-            raise
-        finally:
-            engine.outstanding -= tokens
-        self._tokens += meta["tokens"]
-        return group, meta
-
-    async def _least_loaded(self) -> _Engine:
-        limit = self.settings.start_timeout_s
-        try:
-            async with asyncio.timeout(limit), self._changed:
-                await self._changed.wait_for(lambda: self._ready or self._failure)
-        except TimeoutError:
-            raise TimeoutError(f"waited {limit:.0f} s for any of {self.settings.engines} rollout engines") from None
         if self._failure:
             raise self._failure
-        return min(self._ready.values(), key=lambda engine: engine.outstanding)
+        job = Job(next(self._keys), group_id, prompt, sampling, self._era, asyncio.get_running_loop().create_future())
+        self._jobs.add(job)
+        self._queue.put(job)
+        self._dispatch()
+        limit = self.settings.start_timeout_s
+        try:
+            while not job.done.done():
+                await asyncio.wait({job.done}, timeout=limit)
+                if job in self._queue and not self._ready and not self._restarting:
+                    raise TimeoutError(f"waited {limit:g} s for any of {self._wanted} rollout engines")
+        finally:
+            self._queue.discard(job)
+            self._jobs.discard(job)
+            if not job.done.done():
+                job.done.cancel()
+        return job.done.result()
+
+    def _dispatch(self) -> None:
+        for job, engine in self._queue.assign(self._ready.values()):
+            task = asyncio.create_task(self._run(job, engine))
+            engine.tasks.add(task)
+            task.add_done_callback(engine.tasks.discard)
+
+    async def _run(self, job: Job, engine: PoolEngine) -> None:
+        """One group on one engine: its result, or back into the queue with what is known of it."""
+        era, engine.first[job.key] = job.era, engine.told
+        call: Any = engine.watched.actor.generate.options(num_returns=2)
+        group, told = call.remote(job.prompt, job.request, job.so_far)
+        what, limit = f"sample group {job.group_id}", self.settings.generate_timeout_s
+        again = False
+        try:
+            meta = await engine.watched.answer(told, what, limit)
+        except OF_NO_MORE_USE as error:
+            self._bury(engine, error)
+            await fetched(group, self.settings.heartbeat_s)  # Ray would report an error that nobody reads
+            again = await self._recover(job, engine, era, error)
+        except Exception as error:
+            await fetched(group, self.settings.heartbeat_s)
+            job.fail(error)
+        else:
+            again = self._unfinished(job, era, group, meta)
+        engine.leave(job)
+        if again:
+            self._queue.put(job, first=True)
+            if self._failure:
+                self._queue.fail(self._failure)
+        self._dispatch()
+
+    def _unfinished(self, job: Job, era: int, group: Any, meta: dict[str, Any]) -> bool:
+        """Hand the group to whoever waits for it; whether it must go on elsewhere instead."""
+        if era == job.era and meta["finished"]:
+            self._tokens += meta["tokens"] - int(job.counts[KEPT])
+            if not job.done.done():
+                job.done.set_result((group, meta | {"stats": meta["stats"] | job.counts}))
+            return False
+        if era == job.era and self.settings.partial == "continue":
+            job.so_far, job.counts[KEPT] = group, meta["tokens"]  # its engine was removed
+        else:
+            job.counts[LOST] += meta["tokens"]
+        return True
+
+    async def _recover(self, job: Job, engine: PoolEngine, era: int, error: Exception) -> bool:
+        """Note what is known of the group; whether it goes on elsewhere, or has been too much for too many engines."""
+        garbage = isinstance(error, Garbage)
+        job.counts[REFUSED if garbage else LOSSES] += 1
+        if job.counts[REFUSED] > 1 or job.counts[LOSSES] > self.settings.max_losses:
+            times = f"group {job.group_id} lost its engine {int(job.counts[LOSSES])} times (rollout.max_losses)"
+            job.fail(EngineFailed(f"{error}, again" if garbage else f"{times}, the last time because {error}"))
+            return False
+        if garbage:
+            job.forget(job.era)  # what went before may be of the same kind
+        elif self.settings.partial == "continue":
+            known = await engine.known(job)
+            if era == job.era:
+                job.so_far, job.counts[KEPT] = known, tokens_in(known)
+            else:
+                job.counts[LOST] += tokens_in(known)
+        return True
 
     # Weights
 
-    async def _spread(self, weights: _Weights) -> dict[str, float]:
-        began = time.monotonic()
-        self._weights = weights
-        answers = await asyncio.gather(*(self._give(engine, weights) for engine in list(self._ready.values())))
-        if not any(answers):
-            await self._least_loaded()  # all died: whichever comes back first holds these weights
+    async def _spread(self, weights: Weights) -> dict[str, float]:
+        async with self._spreading:
+            began, before, self._weights = time.monotonic(), self._weights, weights
+            if weights.version < before.version:
+                self._abandon(weights.version)
+            try:
+                answers = await asyncio.gather(*(self._give(engine, weights) for engine in list(self._ready.values())))
+            except ValueError:  # they do not fit the policy, and no engine took them
+                self._weights = before
+                self._open()
+                raise
+            if not any(answers):
+                await self._any_engine()  # all died: whichever comes back first holds these weights
         elapsed, self._since = time.monotonic() - self._since, time.monotonic()
         rate, self._tokens = self._tokens / elapsed, 0
         return {
             "rollout/tokens_per_second": rate,
+            "rollout/engines": float(len(self._ready)),
+            "rollout/waiting_groups": float(len(self._queue)),
             "weights/publish_s": time.monotonic() - began,
             "weights/paused_s": max((a["paused_s"] for a in answers if a), default=0.0),
         }
 
-    async def _give(self, engine: _Engine, weights: _Weights) -> dict[str, float] | None:
+    def _abandon(self, version: int) -> None:
+        """Begin a new era: no engine gets work before it holds the new weights, no older answer counts."""
+        self._era += 1
+        for job in self._jobs:
+            job.forget(self._era)
+        for engine in self._ready.values():
+            engine.open = False
+        if self._jobs:
+            log.warning("the policy went back to version %d: %d groups are sampled anew", version, len(self._jobs))
+
+    def _open(self) -> None:
+        for engine in self._ready.values():
+            engine.open = True
+        self._dispatch()
+
+    async def _give(self, engine: PoolEngine, weights: Weights) -> dict[str, float] | None:
         """The engine's metrics, or None if it died (it is then replaced, and raises if it may not be)."""
         try:
-            return await self._hand_over(engine, weights)
-        except EngineFailed as error:
-            await self._bury(engine, error)
+            if not engine.open:
+                await self._end_jobs(engine, self._era)
+            metrics = await hand_over(engine.watched, weights, self.settings.control_timeout_s)
+        except OF_NO_MORE_USE as error:
+            self._bury(engine, error)
             if self._failure:
                 raise self._failure from error
             return None
+        engine.open = True
+        self._dispatch()
+        return metrics
 
-    async def _hand_over(self, engine: _Engine, weights: _Weights) -> dict[str, float]:
-        if weights.folder is not None:
-            call = engine.actor.load.remote(weights.folder, weights.version)
-        else:
-            call = engine.actor.update.remote(weights.arrays, weights.version)
-        return await _within(self.settings.control_timeout_s, call, engine, f"take weights {weights.version}")
+    async def _end_jobs(self, engine: PoolEngine, before: int) -> None:
+        call = engine.watched.actor.end_all.remote(before)
+        await engine.watched.answer(call, "hand back its groups", self.settings.control_timeout_s)
+
+    async def _any_engine(self) -> None:
+        limit = self.settings.start_timeout_s
+        while not self._ready and not self._failure:
+            self._changed.clear()
+            if not await set_within(self._changed, limit):
+                raise TimeoutError(f"waited {limit:g} s for any of {self._wanted} rollout engines")
+        if self._failure:
+            raise self._failure
 
     # Life and death
 
@@ -218,58 +322,87 @@ class RolloutPool:
             "runtime_env": {"env_vars": environment(s)},
         }
         actor = ENGINE_ACTOR.options(**options).remote(name, self._folder, s, s.seed + index)
-        engine = _Engine(index, name, actor)
+        watched = Watched(name, actor, s.heartbeat_s)
         try:
             held = self._weights
-            await _within(s.start_timeout_s, actor.start.remote(held.version), engine, "start")
+            await watched.answer(actor.start.remote(held.version), "start", s.start_timeout_s)
+            watched.begin()
             if held.arrays is not None or held.folder is not None:
-                await self._hand_over(engine, held)
+                await hand_over(watched, held, s.control_timeout_s)
             while held is not self._weights:  # published while it was starting
                 held = self._weights
-                await self._hand_over(engine, held)
+                await hand_over(watched, held, s.control_timeout_s)
+            if self._failure:
+                raise self._failure
         except BaseException:
+            watched.close()
             ray.kill(actor)
             raise
+        engine = PoolEngine(index=index, watched=watched)
+        engine.guard(self._bury)
+        if s.partial == "continue":
+            engine.follow(s.progress_s, s.heartbeat_s)
         self._ready[index] = engine
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
+        self._dispatch()
 
-    async def _bury(self, engine: _Engine, error: Exception) -> None:
-        """Take a dead engine out and start its successor, if it may have one; later reports of a death do nothing."""
+    def _bury(self, engine: PoolEngine, error: Exception) -> None:
+        """Take a lost engine out and start its successor, if it may have one; later reports of a loss do nothing."""
         if self._ready.get(engine.index) is not engine:
             return
         del self._ready[engine.index]
-        ray.kill(engine.actor)
-        await self._replace(engine.index, engine.name, error)
+        engine.close()
+        ray.kill(engine.watched.actor)
+        self._replace(engine.index, error, len(engine.jobs))
 
-    async def _replace(self, index: int, name: str, error: Exception) -> None:
-        if self._restarts[index] >= self.settings.max_restarts:
-            times = self._restarts[index]
-            await self._give_up(EngineFailed(f"{name} died after {times} restarts (rollout.max_restarts): {error}"))
+    def _replace(self, index: int, error: Exception, groups: int) -> None:
+        lost = f"{error}; {groups} groups go elsewhere" if groups else str(error)
+        if times := self._budget.spend(index):
+            log.warning("%s; restart %d of %d", lost, times, self.settings.max_restarts)
+            self._restarting[index] = asyncio.create_task(self._restart(index))
             return
-        self._restarts[index] += 1
-        task = asyncio.create_task(self._restart(index, name))
-        self._restarting.add(task)
-        task.add_done_callback(self._restarting.discard)
+        budget = f"rollout engine {index} is not restarted again (rollout.max_restarts = {self.settings.max_restarts})"
+        if self._ready or self._restarting:
+            log.warning("%s; %s; %d engines go on", lost, budget, len(self._ready))
+            return
+        self._fail(EngineFailed(f"{budget}: {error}"))
 
-    async def _restart(self, index: int, name: str) -> None:
+    async def _restart(self, index: int) -> None:
+        began = time.monotonic()
+        failure: Exception | None = None
         try:
             await self._start(index)
+            log.warning(
+                "rollout engine %d is back after %.0f s with the weights of version %d",
+                index,
+                time.monotonic() - began,
+                self._weights.version,
+            )
         except Exception as error:  # whatever it is, whoever waits for an engine must hear of it
-            await self._replace(index, name, error)
+            failure = error
+        finally:
+            del self._restarting[index]
+        if failure is not None:
+            self._replace(index, failure, 0)
 
-    async def _give_up(self, failure: Exception) -> None:
+    async def _dismiss(self, engine: PoolEngine) -> None:
+        """End an engine that was removed, once it has handed back what it had."""
+        try:
+            await self._end_jobs(engine, sys.maxsize)
+            if engine.tasks:
+                await asyncio.wait(engine.tasks, timeout=self.settings.control_timeout_s)
+        except OF_NO_MORE_USE as error:
+            log.warning("%s while it was removed; what it had goes elsewhere", error)
+        await self._end(engine)
+
+    async def _end(self, engine: PoolEngine) -> None:
+        engine.close()
+        stop, limit = engine.watched.actor.stop.remote(), self.settings.control_timeout_s
+        await asyncio.gather(engine.watched.answer(stop, "stop", limit), return_exceptions=True)
+        ray.kill(engine.watched.actor)
+
+    def _fail(self, failure: Exception) -> None:
+        """The first failure is what everybody who waits is told."""
         self._failure = self._failure or failure
-        async with self._changed:
-            self._changed.notify_all()
-
-
-async def _within(limit: float, answer: Awaitable[T], engine: _Engine, what: str) -> T:
-    try:
-        return await asyncio.wait_for(answer, limit)
-    except TimeoutError:
-        raise TimeoutError(f"waited {limit:.0f} s for {engine.name} to {what}") from None
-    except RayActorError as error:
-        raise EngineFailed(f"{engine.name} died while it was to {what}: {error}") from error
-    except RayTaskError as error:
-        raise error.cause from None  # the sentence itself, without the actor's traceback around it
+        self._queue.fail(self._failure)
+        self._changed.set()

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from prism_ray.records import Rollout
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,8 +20,23 @@ class Sampling:
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class Request:
+    """One group asked of one engine. `key` is unique in a pool's life; `era` counts how often everything in flight was
+    abandoned (the policy went back to an older version)."""
+
+    key: int
+    group_id: int
+    era: int
+    sampling: Sampling
+
+
 class EngineFailed(RuntimeError):
     """An engine that cannot go on; the message names it."""
+
+
+class Garbage(EngineFailed):
+    """An engine returned what no policy can have sampled; the message says what."""
 
 
 def versions_of(spans: Sequence[Any], tokens: int) -> np.ndarray:
@@ -28,3 +45,33 @@ def versions_of(spans: Sequence[Any], tokens: int) -> np.ndarray:
     if edges[-1] != tokens or [span.start for span in spans] != edges[:-1]:
         raise RuntimeError(f"the engine attributed {[(s.version, s.start, s.end) for s in spans]} to {tokens} tokens")
     return np.repeat([int(span.version) for span in spans], np.diff(edges)).astype(np.int32)
+
+
+def check_rollouts(rollouts: Sequence[Rollout], sampling: Sampling, vocabulary: int, newest: int) -> None:
+    """Raise `Garbage` unless these can be the `n` rollouts of a group by a policy of `vocabulary` tokens.
+
+    `newest` is the version that the engine holds now: no token can be of a later one.
+    """
+    if [r.index for r in rollouts] != list(range(sampling.n)):
+        raise Garbage(f"rollouts {[r.index for r in rollouts]} where {sampling.n} were asked for")
+    for rollout in rollouts:
+        if wrong := _wrong(rollout, sampling, vocabulary, newest):
+            raise Garbage(f"rollout {rollout.index} of prompt {rollout.prompt_id} with {wrong}")
+
+
+def _wrong(rollout: Rollout, sampling: Sampling, vocabulary: int, newest: int) -> str:
+    ids, logp, versions = rollout.token_ids, rollout.logp, rollout.versions
+    if not len(ids) == len(logp) == len(versions) <= sampling.max_tokens:
+        lengths = f"{len(ids)} tokens, {len(logp)} log-probs and {len(versions)} versions"
+        return f"{lengths}, at most {sampling.max_tokens} of each"
+    if not len(ids):
+        return "" if rollout.finish_reason == "abort" else "no token"
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        return f"token {ids.min() if ids.min() < 0 else ids.max()} in a vocabulary of {vocabulary}"
+    if not np.isfinite(logp).all():
+        return "a log-prob that is not finite"
+    if logp.max() > 1e-3:  # rounding may leave a certain token a little above 0
+        return f"a log-prob of {logp.max():g}"
+    if versions.min() < 0 or versions.max() > newest:
+        return f"versions {versions.min()} to {versions.max()} while it held {newest}"
+    return ""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from prism_ray.config.rollout import RolloutSettings
-from prism_ray.records import Group, Prompt
-from prism_ray.rollout.sampling import EngineFailed, Sampling
+from prism_ray.records import Group, Prompt, Rollout
+from prism_ray.rollout.partial import UNFINISHED, Piece
+from prism_ray.rollout.sampling import EngineFailed, Garbage, Request
+from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP
 
-CONCURRENCY_GROUPS = {"control": 8, "generate": 1 << 14}
+if TYPE_CHECKING:
+    from prism_ray.rollout.engine import Engine
+
+CONCURRENCY_GROUPS = {"control": 8, "generate": 1 << 14} | HEALTH_GROUP
 """Control calls never queue behind generations; how many of these run at once is the engine's own business."""
 
 
@@ -24,6 +29,7 @@ class EngineWorker:
 
     def __init__(self, name: str, folder: Path, settings: RolloutSettings, seed: int):
         self._name, self._folder, self._settings, self._seed = name, folder, settings, seed
+        self._engine: Engine
 
     @ray.method(concurrency_group="generate")
     async def start(self, version: int) -> None:
@@ -35,11 +41,14 @@ class EngineWorker:
         self._engine = await self._guarded(Engine.start(self._folder, self._settings, self._seed, version))
 
     @ray.method(concurrency_group="generate")
-    async def generate(self, prompt: Prompt, group_id: int, sampling: Sampling) -> tuple[Group, dict[str, Any]]:
-        """Sample a group; returns it and what its ticket needs to know of it."""
+    async def generate(
+        self, prompt: Prompt, request: Request, so_far: Group | Sequence[Rollout]
+    ) -> tuple[Group, dict[str, Any]]:
+        """Sample a group, going on from what is known of it; returns it and what its ticket needs to know of it."""
         began = time.monotonic()
-        rollouts = await self._guarded(self._engine.generate(prompt, sampling))
-        group = Group(group_id, prompt, tuple(rollouts))
+        known = so_far.rollouts if isinstance(so_far, Group) else so_far
+        rollouts = await self._guarded(self._engine.generate(prompt, request, known))
+        group = Group(request.group_id, prompt, tuple(rollouts))
         lengths = [len(r.token_ids) for r in rollouts]
         stats = {
             "rollout/seconds": time.monotonic() - began,
@@ -49,7 +58,18 @@ class EngineWorker:
         }
         total = sum(lengths) + len(rollouts[0].prompt_token_ids)  # a learner computes the common prompt once
         meta = {"oldest_version": group.oldest_version, "tokens": sum(lengths), "total_tokens": total, "stats": stats}
-        return group, meta
+        return group, meta | {"finished": all(r.finish_reason != UNFINISHED for r in rollouts)}
+
+    @ray.method(concurrency_group="control")
+    async def progress(self) -> tuple[dict[int, int], dict[int, list[Piece]]]:
+        """For every group under way, by its key: the tokens that may still come, and what is new of it."""
+        news = await self._on_engine_loop(_now(self._engine.progress))
+        return {k: remaining for k, (remaining, _) in news.items()}, {k: new for k, (_, new) in news.items()}
+
+    @ray.method(concurrency_group="control")
+    async def end_all(self, before: int) -> None:
+        """End all groups asked for in eras before `before`; their calls return what they have."""
+        await self._on_engine_loop(self._engine.end_all(before))
 
     @ray.method(concurrency_group="control")
     async def update(self, weights: dict[str, Any], version: int) -> dict[str, float]:
@@ -66,6 +86,11 @@ class EngineWorker:
         """Raises `EngineFailed` if the engine cannot work any more."""
         return await self._on_engine_loop(self._engine.health())
 
+    @ray.method(concurrency_group=HEALTH)
+    async def alive(self) -> None:
+        """Answers while the engine works; see `Engine.alive`."""
+        await self._on_engine_loop(self._engine.alive())
+
     @ray.method(concurrency_group="control")
     async def stop(self) -> None:
         """End the engine's processes."""
@@ -79,8 +104,14 @@ class EngineWorker:
             return await work
         except (ValueError, FileNotFoundError):
             raise
+        except Garbage as error:
+            raise Garbage(f"{self._name} returned garbage: {error}") from None
         except Exception as error:  # vLLM's own errors do not all survive pickling, and callers need the name
             raise EngineFailed(f"{self._name} failed: {type(error).__name__}: {error}") from None
+
+
+async def _now(work: Any) -> Any:
+    return work()
 
 
 ENGINE_ACTOR: Any = cast(Any, ray.remote)(concurrency_groups=CONCURRENCY_GROUPS)(EngineWorker)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
@@ -15,6 +18,7 @@ from safetensors.numpy import save_file
 from prism_ray.models.load import HEAD, as_filed
 
 Shapes = dict[str, tuple[int, ...]]
+PREFIX, LOCK = "prism_ray_", ".lock"
 
 
 def shared_folder() -> Path:
@@ -40,25 +44,67 @@ def shapes_in(files: Iterable[Path]) -> Shapes:
     return shapes
 
 
-def write_shared(weights: Mapping[str, np.ndarray], shapes: Shapes, label: str) -> Path:
-    """Write a learner's weights (Hugging Face parameter names) into shared memory, as a checkpoint would hold them.
+class SharedFile:
+    """A file in shared memory for one learner's weights (`path`), removed on leaving the context.
 
-    `shapes` are those of the checkpoint the engine was started from. Fails before anything is written if a tensor is
-    missing, unknown or misshapen, because an engine that got only a part of its weights would go on with the rest.
-    The caller removes the file.
+    `remove_orphans` removes those of processes that were killed. A lock tells whether the writer lives: the number of
+    a process would not, where containers share the memory but not the numbers.
     """
-    kept = {name: as_filed(name, weight) for name, weight in weights.items() if name in shapes or name != HEAD}
-    tensors = {name: np.ascontiguousarray(weight) for name, weight in kept.items()}
-    check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, label)
-    file = shared_folder() / f"prism_ray_{os.getpid()}_{uuid.uuid4().hex}.safetensors"
-    try:
-        save_file(tensors, file)
-    except BaseException as error:
-        file.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {label} to {file.parent}: {error}; make room there") from error
-        raise
-    return file
+
+    def __enter__(self) -> SharedFile:
+        self._folder = shared_folder() / f"{PREFIX}{os.getpid()}_{uuid.uuid4().hex}"
+        self._lock = _locked(self._folder.with_suffix(LOCK))
+        self._folder.mkdir()  # of its own, because safetensors writes to a neighbour first
+        self.path = self._folder / "weights.safetensors"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _remove(self._folder.with_suffix(LOCK))
+        os.close(self._lock)
+
+    def write(self, weights: Mapping[str, np.ndarray], shapes: Shapes, label: str) -> None:
+        """Write weights (Hugging Face parameter names) as a checkpoint would hold them.
+
+        `shapes` are those of the checkpoint the engine was started from. Fails before anything is written if a tensor
+        is missing, unknown or misshapen, because an engine that got only a part of its weights would go on with the
+        rest.
+        """
+        kept = {name: as_filed(name, weight) for name, weight in weights.items() if name in shapes or name != HEAD}
+        tensors = {name: np.ascontiguousarray(weight) for name, weight in kept.items()}
+        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, label)
+        try:
+            save_file(tensors, self.path)
+        except OSError as error:
+            raise OSError(f"cannot write {label} to {shared_folder()}: {error}; make room there") from error
+
+
+def remove_orphans() -> None:
+    """Remove from shared memory what processes left there that were killed."""
+    for lock in shared_folder().glob(f"{PREFIX}*{LOCK}"):
+        try:
+            handle = os.open(lock, os.O_RDWR)
+        except OSError:  # removed meanwhile, or another user's
+            continue
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(lock)
+        os.close(handle)
+
+
+def _remove(lock: Path) -> None:
+    """Remove a writer's folder, then its lock, which must be held."""
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> int:
+    """An open, locked file at `path`, which another process may have removed before the lock was there."""
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
 
 
 def check_complete(given: Shapes, expected: Shapes, label: str) -> None:

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -44,7 +45,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        pass
+        """Refuse, before anything is sampled, a model that could not take new weights."""
+        check_experts(self.model)
 
     def start_weight_update(self) -> None:
         self._loaded: set[str] = set()
@@ -67,6 +69,21 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     def shutdown(self) -> None:
         pass
+
+
+def check_experts(model: torch.nn.Module) -> None:
+    """Raise ValueError if vLLM's CPU kernel pads the experts: an update then fails half-way, at tensors of the wrong
+    size, and leaves mixed weights."""
+    for module in model.modules():
+        experts = getattr(getattr(getattr(module, "quant_method", None), "moe_kernel", None), "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            rows = experts.moe_config.intermediate_size_per_partition
+            padded = experts._padded_intermediate_size(experts.moe_config)
+            if rows != padded:
+                raise ValueError(
+                    f"the policy's experts have moe_intermediate_size {rows}, which vLLM's CPU kernel pads to {padded} "
+                    f"so that they cannot take new weights; make it a multiple of {experts._intermediate_alignment()}"
+                )
 
 
 def _tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

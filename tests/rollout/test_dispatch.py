@@ -1,41 +1,75 @@
+"""Which group goes where: random schedules against what must hold at every moment."""
+
 import asyncio
 
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prism_ray.config.rollout import RolloutSettings
-from prism_ray.rollout.pool import RolloutPool, _Engine
-from prism_ray.rollout.sampling import EngineFailed
-from prism_ray.runtime.protocols import Ticket
+from prism_ray.rollout.dispatch import Job, Load, Queue
+from prism_ray.rollout.sampling import Sampling
 
-
-def test_the_engine_with_the_fewest_outstanding_tokens_is_next(tmp_path):
-    async def chosen():
-        pool = RolloutPool(tmp_path, RolloutSettings(engines=3), 0)
-        for index, tokens in enumerate((700, 300, 500)):
-            pool._ready[index] = _Engine(index, f"rollout engine {index}", None, tokens)
-        return (await pool._least_loaded()).index
-
-    assert asyncio.run(chosen()) == 1
+PLACES = 8
+LOOP = asyncio.new_event_loop()
 
 
-def test_waiting_for_an_engine_that_never_comes_ends_with_a_sentence(tmp_path):
-    pool = RolloutPool(tmp_path, RolloutSettings(engines=2, start_timeout_s=0.01), 0)
-    with pytest.raises(TimeoutError, match="waited 0 s for any of 2 rollout engines"):
-        asyncio.run(pool.generate(Ticket(0, "p", 0, None)))
+def job(key, n=2, tokens=10):
+    return Job(key, key, None, Sampling(n, 1.0, tokens), 0, LOOP.create_future())
 
 
-def test_an_engine_that_cannot_start_says_why(cluster, run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no config.json"):
-        run(RolloutPool.create(tmp_path, RolloutSettings(engines=2, cpus_per_engine=0.5)))
+def test_the_engine_with_the_fewest_outstanding_tokens_is_next():
+    engines = [Load(outstanding=700), Load(outstanding=300), Load(outstanding=500)]
+    queue = Queue(PLACES)
+    queue.put(job(0))
+    assert [engine for _, engine in queue.assign(engines)] == [engines[1]]
+    engines[1].told_of(0, 5)
+    assert engines[1].outstanding == 305
 
 
-def test_a_pool_that_was_shut_down_says_so(tmp_path):
-    async def use_after_shutdown():
-        pool = RolloutPool(tmp_path, RolloutSettings(), 0)
-        waiting = asyncio.create_task(pool.generate(Ticket(0, "p", 0, None)))
-        await asyncio.sleep(0)
-        await pool.shutdown()
-        await waiting
+def test_an_idle_engine_takes_a_group_that_is_larger_than_its_places():
+    queue, engine = Queue(PLACES), Load()
+    queue.put(job(0, n=99))
+    queue.put(job(1))
+    assert [j.key for j, _ in queue.assign([engine])] == [0]
 
-    with pytest.raises(EngineFailed, match="shut down"):
-        asyncio.run(use_after_shutdown())
+
+def test_what_nobody_waits_for_any_more_is_not_begun():
+    queue, engine = Queue(PLACES), Load()
+    gone, wanted = job(0), job(1)
+    for j in (gone, wanted):
+        queue.put(j)
+    gone.done.cancel()
+    assert [j.key for j, _ in queue.assign([engine])] == [1]
+
+
+steps = st.lists(st.tuples(st.sampled_from(["put", "first", "done", "told", "close", "open"]), st.integers(0, 99)))
+
+
+@given(steps)
+def test_every_job_is_in_one_place_and_loads_are_what_jobs_make_them(schedule):
+    queue, engines, waiting, seats, key = Queue(PLACES), [Load() for _ in range(3)], [], {}, 0
+    for what, number in schedule:
+        engine = engines[number % 3]
+        if what in ("put", "first"):
+            new, key = job(key, n=1 + number % 4, tokens=1 + number), key + 1
+            queue.put(new, first=what == "first")
+            waiting.insert(0 if what == "first" else len(waiting), new)
+        elif what in ("close", "open"):
+            engine.open = what == "open"
+        elif engine.jobs:
+            some = list(engine.jobs.values())[number % len(engine.jobs)]
+            if what == "told":
+                engine.told_of(some.key, number % 7)
+            else:
+                engine.leave(some)
+                del seats[some.key]
+        for chosen, seat in queue.assign(engines):
+            assert chosen is waiting.pop(0), "out of turn"
+            assert seat.open and (len(seat.jobs) == 1 or seat.sequences <= PLACES)
+            seats[chosen.key] = seat
+        assert list(queue) == waiting
+        for seat in engines:
+            assert set(seat.jobs) == {k for k, s in seats.items() if s is seat}
+            assert seat.outstanding == sum(j.outstanding for j in seat.jobs.values())
+            assert seat.sequences == sum(j.sampling.n for j in seat.jobs.values())
+        idle = [e for e in engines if e.open and not e.jobs]
+        assert not (idle and waiting), "an idle engine while groups wait"

@@ -1,12 +1,16 @@
 """What the engine samples, through the pool and its actor: the numbers must be the learner's."""
 
 import asyncio
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 
 from prism_ray.models.load import save_weights
+from prism_ray.rollout.partial import UNFINISHED, assembled
+from prism_ray.rollout.sampling import Request, Sampling
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.weights.files import shared_folder
 
@@ -183,10 +187,10 @@ def test_a_prompt_that_is_too_long_is_refused_by_name(run, pool, ask):
         run(pool.generate(ticket(0, ask("long", question=" red" * 400))))
 
 
-def test_a_wait_that_is_too_long_names_the_engine(run, pool, ask, monkeypatch):
-    monkeypatch.setattr(pool, "settings", pool.settings.model_copy(update={"generate_timeout_s": 0.01}))
-    with pytest.raises(TimeoutError, match="waited 0 s for rollout engine 0 to sample group 3"):
-        run(pool.generate(ticket(3, ask("p", seed=1))))
+def test_a_request_that_vllm_refuses_costs_no_engine(run, pool, ask):
+    with pytest.raises(ValueError, match="prompt p: n must be 1 when using greedy"):
+        run(pool.sample([ask("p", seed=1)], n=2, greedy=True))
+    assert run(pool.sample([ask("p", seed=1)], greedy=True, max_tokens=2))
 
 
 def test_health_and_updates_are_answered_while_rollouts_run(run, pool, ask, reference, monkeypatch):
@@ -204,3 +208,115 @@ def test_health_and_updates_are_answered_while_rollouts_run(run, pool, ask, refe
 
     health, running = run(ask_while_running())
     assert running and health["version"] == 0 and health["running"] > 0
+
+
+KEYS = itertools.count(1 << 40)
+
+
+def directly(pool, prompt, sampling, so_far=()):
+    """A group asked of the engine without the pool's bookkeeping."""
+    request = Request(next(KEYS), 0, pool._era, sampling)
+    return pool._ready[0].watched.actor.generate.options(num_returns=2).remote(prompt, request, so_far)
+
+
+def cut(rollout, tokens):
+    """What another engine knows of a rollout that was cut off."""
+    parts = {name: getattr(rollout, name)[:tokens] for name in ("token_ids", "logp", "versions")}
+    return replace(rollout, prompt_token_ids=np.zeros(0, np.int32), text="", finish_reason=UNFINISHED, **parts)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 39, 40])
+def test_a_rollout_that_goes_on_elsewhere_is_the_one_that_was_not_cut_off(run, pool, ask, reference, tokens):
+    prompt, sampling = ask("p", seed=11), Sampling(1, 0.0, 40)
+    (original,) = ray.get(directly(pool, prompt, sampling)[0]).rollouts
+    known = original if tokens == 40 else cut(original, tokens)
+    group, meta = ray.get(directly(pool, prompt, sampling, [known]))
+    (whole,) = group.rollouts
+    assert meta["finished"] and whole.token_ids.tolist() == original.token_ids.tolist()
+    assert (len(whole.text), whole.finish_reason, whole.index) == (len(original.text), "length", 0)
+    assert (whole.text, whole.prompt_id) == (original.text, "p")
+    assert whole.prompt_token_ids.tolist() == original.prompt_token_ids.tolist()
+    np.testing.assert_allclose(whole.logp, original.logp, atol=PARITY, rtol=0)
+    np.testing.assert_allclose(whole.logp, reference.logp(whole, prompt), atol=PARITY, rtol=0)
+
+
+def test_finished_begun_and_unknown_rollouts_of_a_group_go_on_together(run, pool, ask, reference):
+    prompt, sampling = ask("p", seed=14), Sampling(4, 1.0, 40)
+    before = ray.get(directly(pool, prompt, sampling)[0]).rollouts
+    known = [before[0], cut(before[2], 10), cut(before[3], 0)]
+    after = ray.get(directly(pool, prompt, sampling, known)[0]).rollouts
+    assert [r.index for r in after] == [0, 1, 2, 3]
+    assert after[0].token_ids.tolist() == before[0].token_ids.tolist() and after[0].text == before[0].text
+    assert after[2].token_ids[:10].tolist() == before[2].token_ids[:10].tolist()
+    assert len({tuple(r.token_ids.tolist()) for r in after}) == 4
+    for rollout in after:
+        np.testing.assert_allclose(rollout.logp, reference.logp(rollout, prompt), atol=PARITY, rtol=0)
+
+
+def test_a_beginning_keeps_its_versions_and_log_probs_under_other_weights(run, pool, ask, reference):
+    prompt, sampling = ask("p", seed=12), Sampling(2, 1.0, 40)
+    begun = [cut(r, 15) for r in ray.get(directly(pool, prompt, sampling)[0]).rollouts]
+    new = reference.changed(seed=6)
+    run(pool.publish(new, 1))
+    for rollout, beginning in zip(ray.get(directly(pool, prompt, sampling, begun)[0]).rollouts, begun, strict=True):
+        assert rollout.versions.tolist() == [0] * 15 + [1] * (len(rollout.token_ids) - 15)
+        np.testing.assert_array_equal(rollout.logp[:15], beginning.logp)
+        expected = np.where(rollout.versions, reference.logp(rollout, prompt, new), reference.logp(rollout, prompt))
+        np.testing.assert_allclose(rollout.logp, expected, atol=PARITY, rtol=0)
+
+
+def test_what_an_engine_tells_of_unfinished_rollouts_is_how_they_begin(run, pool, ask, reference):
+    """Pieces told while new weights arrive, put together, are prefixes of what comes in the end, versions included."""
+    prompt, sampling, actor = ask("p", seed=13), Sampling(4, 1.0, 200), pool._ready[0].watched.actor
+
+    async def tell():
+        group, meta = directly(pool, prompt, sampling)
+        told, version = [], 0
+        while True:
+            remaining, news = await asyncio.gather(*actor.progress.options(num_returns=2).remote())
+            if told and not any(remaining):
+                break
+            told += [(remaining[key], pieces) for key, pieces in news.items()]
+            if len(told) in (5, 10):
+                version += 1
+                await pool.publish(reference.changed(seed=version), version)
+        return told, await group
+
+    told, group = run(asyncio.wait_for(tell(), 120))
+    pieces = [piece for _, new in told for piece in new]
+    assert len(pieces) > 8
+    for known in assembled("p", [], pieces):
+        final = group.rollouts[known.index]
+        tokens = len(known.token_ids)
+        for name in ("token_ids", "logp", "versions"):
+            np.testing.assert_array_equal(getattr(known, name), getattr(final, name)[:tokens])
+        assert tokens == len(final.token_ids) or known.finish_reason == UNFINISHED
+    remaining = [tokens for tokens, _ in told]
+    assert remaining == sorted(remaining, reverse=True) and 0 < remaining[-1] < 800
+    halves = [assembled("p", assembled("p", [], pieces[:3]), pieces[3:]), assembled("p", [], pieces)]
+    assert [r.token_ids.tolist() for r in halves[0]] == [r.token_ids.tolist() for r in halves[1]]
+    assert not assembled("p", [], pieces[-1:]), "a piece was lost"
+
+
+def test_going_back_samples_everything_anew_under_the_older_version(run, pool, ask, reference, monkeypatch):
+    monkeypatch.setattr(pool, "settings", pool.settings.model_copy(update={"max_response_tokens": 200}))
+    newer, older, newest = (reference.changed(seed=s) for s in (7, 8, 9))
+    prompts = [ask(f"p{i}", seed=i) for i in range(4)]
+
+    async def go_back():
+        await pool.publish(newer, 6)
+        tasks = [asyncio.create_task(pool.generate(ticket(i, p))) for i, p in enumerate(prompts)]
+        while not any((await pool._ready[0].watched.actor.progress.options(num_returns=2).remote()[1]).values()):
+            await asyncio.sleep(0.01)  # until there are tokens
+        await pool.publish(older, 5)
+        await pool.publish(newest, 6)  # the number of the abandoned weights, given to others
+        return await asyncio.gather(*tasks)
+
+    done = run(asyncio.wait_for(go_back(), 120))
+    assert sum(t.stats["rollout/lost_tokens"] for t in done) > 0
+    for prompt, done_ticket in zip(prompts, done, strict=True):
+        for r in ray.get(done_ticket.ref).rollouts:
+            assert set(r.versions.tolist()) <= {5, 6}
+            under = {v: reference.logp(r, prompt, w) for v, w in ((5, older), (6, newest))}
+            expected = np.where(r.versions == 5, under[5], under[6])
+            np.testing.assert_allclose(r.logp, expected, atol=PARITY, rtol=0)

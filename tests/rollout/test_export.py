@@ -17,7 +17,7 @@ import torch
 
 from prism_ray.models import load
 from prism_ray.models.load import load_policy, save_policy, save_weights
-from prism_ray.models.upcycle import upcycle
+from prism_ray.models.upcycle import Upcycling, upcycle
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime.protocols import Ticket
 
@@ -36,7 +36,7 @@ TAIL = 1e-4
 def mixture(folder, tmp_path_factory):
     """The dense policy upcycled, in shards. Its experts' 192 rows suit vLLM's CPU kernel, which pads those of 48."""
     target = tmp_path_factory.mktemp("mixture")
-    moe = upcycle(load_policy(folder), experts=4, top_k=2, expert_noise=0.05, router_init=0.5, seed=0)
+    moe = upcycle(load_policy(folder), Upcycling(experts=4, top_k=2, expert_noise=0.05, router_init=0.5, seed=0))
     save_in_shards(save_policy, moe, target, like=folder)
     return target
 

@@ -17,7 +17,7 @@ from prism_ray.models.batch import Sample, collate
 from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy, save_policy
 from prism_ray.models.tiny import build_tiny
-from prism_ray.models.upcycle import upcycle
+from prism_ray.models.upcycle import Upcycling, upcycle
 from prism_ray.records import Prompt
 
 WORDS = ["max", "of", "red", *(str(i) for i in range(20))]
@@ -31,7 +31,7 @@ def policies(tmp_path_factory):
     """A dense policy and a mixture upcycled from it, as folders."""
     dense, mixture = (tmp_path_factory.mktemp(name) for name in ("dense", "mixture"))
     build_tiny(dense, WORDS, TinyModelSettings(layers=2, embedding_std=0.3), seed=0)
-    moe = upcycle(load_policy(dense), experts=4, top_k=2, expert_noise=0.05, router_init=0.5, seed=0)
+    moe = upcycle(load_policy(dense), Upcycling(experts=4, top_k=2, expert_noise=0.05, router_init=0.5, seed=0))
     save_policy(moe, mixture, like=dense)
     return {"dense": dense, "mixture": mixture}
 

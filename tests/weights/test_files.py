@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,19 +18,44 @@ def memory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_weights_come_back_as_they_went(memory):
-    file = files.write_shared(WEIGHTS, SHAPES, "weights")
-    assert file.parent == memory
-    assert files.shapes_in([file]) == SHAPES
-    back = load_file(file)
-    assert all((back[name] == WEIGHTS[name]).all() for name in WEIGHTS)
+def written(weights, shapes=SHAPES):
+    """What an engine finds in the file, and the shapes in its header."""
+    with files.SharedFile() as shared:
+        shared.write(weights, shapes, "w")
+        return load_file(shared.path), files.shapes_in([shared.path])
 
 
-def test_read_only_views_that_are_not_contiguous_are_written(memory):
+def test_weights_come_back_as_they_went_and_nothing_stays(memory):
+    back, shapes = written(WEIGHTS)
+    assert shapes == SHAPES and all((back[name] == WEIGHTS[name]).all() for name in WEIGHTS)
+    assert not list(memory.iterdir())
+
+
+def test_read_only_views_that_are_not_contiguous_are_written():
     weight = np.arange(6, dtype=np.float32).reshape(3, 2)
     weight.flags.writeable = False
-    file = files.write_shared(WEIGHTS | {"a": weight.T}, SHAPES, "weights")
-    assert (load_file(file)["a"] == weight.T).all()
+    assert (written(WEIGHTS | {"a": weight.T})[0]["a"] == weight.T).all()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(memory):
+    program = f"""
+import os, pathlib, signal
+from prism_ray.weights import files
+files.shared_folder = lambda: pathlib.Path({str(memory)!r})
+shared = files.SharedFile().__enter__()
+(shared.path.parent / ".half-written").write_bytes(b"half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=120)
+    assert len(list(memory.iterdir())) == 2
+    other = memory / "sem.of_another_program"
+    other.touch()
+    with files.SharedFile() as shared:
+        shared.write(WEIGHTS, SHAPES, "w")
+        files.remove_orphans()
+        assert shared.path.exists() and len(list(memory.iterdir())) == 3
+    files.remove_orphans()
+    assert list(memory.iterdir()) == [other]
 
 
 @pytest.mark.parametrize(
@@ -40,21 +68,20 @@ def test_read_only_views_that_are_not_contiguous_are_written(memory):
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(memory, weights, sentence):
     with pytest.raises(ValueError, match=sentence):
-        files.write_shared(weights, SHAPES, "w")
+        written(weights)
     assert not list(memory.iterdir())
 
 
 def test_a_tied_output_layer_may_be_given_or_left_out():
     head = {"lm_head.weight": np.ones((2, 3), np.float32)}
-    assert files.shapes_in([files.write_shared(WEIGHTS | head, SHAPES, "w")]) == SHAPES
+    assert written(WEIGHTS | head)[1] == SHAPES
     untied = SHAPES | {"lm_head.weight": (2, 3)}
-    assert files.shapes_in([files.write_shared(WEIGHTS | head, untied, "w")]) == untied
+    assert written(WEIGHTS | head, untied)[1] == untied
 
 
 def test_experts_are_transposed_as_checkpoints_hold_them():
     weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    file = files.write_shared({EXPERT: weight}, {EXPERT: (2, 4, 3)}, "w")
-    assert (load_file(file)[EXPERT] == weight.transpose(0, 2, 1)).all()
+    assert (written({EXPERT: weight}, {EXPERT: (2, 4, 3)})[0][EXPERT] == weight.transpose(0, 2, 1)).all()
 
 
 def test_a_full_memory_says_where(memory, monkeypatch):
@@ -64,7 +91,7 @@ def test_a_full_memory_says_where(memory, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match=f"cannot write w to {memory}.*make room"):
-        files.write_shared(WEIGHTS, SHAPES, "w")
+        written(WEIGHTS)
     assert not list(memory.iterdir())
 
 
