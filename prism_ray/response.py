@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-TAGS = ("caption", "think", "answer")
-
-VIEWS: dict[str, tuple[str, ...]] = {"perception": ("caption",), "reasoning": ("think", "answer")}
-"""Which tags make up the part of a response that one head of the discriminator judges (PRISM, arXiv 2604.28123)."""
+from prism_ray.config.views import TAGS, ViewSettings
 
 _TAG = re.compile(rb"<(/?)(caption|think|answer)>")
 _EXPECTED = tuple((slash, tag.encode()) for tag in TAGS for slash in (b"", b"/"))
@@ -23,7 +20,8 @@ _EXPECTED = tuple((slash, tag.encode()) for tag in TAGS for slash in (b"", b"/")
 
 @dataclass(frozen=True)
 class Parsed:
-    """A parsed response. `parts` maps tag to inner text, `spans` maps view to a half-open span.
+    """A parsed response. `parts` maps tag to inner text, `spans` maps the name of each view asked for to its half-open
+    span.
 
     From `parse` the spans count UTF-8 bytes of the text; from `locate` they count tokens. Both are empty when
     `valid` is False, and `reason` then says what is wrong.
@@ -43,12 +41,12 @@ def render(caption: str, think: str, answer: str) -> str:
     return f"<caption>{caption}</caption><think>{think}</think><answer>{answer}</answer>"
 
 
-def parse(text: str) -> Parsed:
+def parse(text: str, views: Sequence[ViewSettings] = ()) -> Parsed:
     """Parse a response: the three elements in order, once each, nothing outside them but whitespace."""
-    return _parse_bytes(text.encode(errors="replace"))
+    return _parse_bytes(text.encode(errors="replace"), views)
 
 
-def _parse_bytes(data: bytes) -> Parsed:
+def _parse_bytes(data: bytes, views: Sequence[ViewSettings]) -> Parsed:
     found = list(_TAG.finditer(data))
     kinds = tuple((m.group(1), m.group(2)) for m in found)
     if kinds != _EXPECTED:
@@ -61,7 +59,7 @@ def _parse_bytes(data: bytes) -> Parsed:
         tag: data[found[2 * i].end() : found[2 * i + 1].start()].decode(errors="replace") for i, tag in enumerate(TAGS)
     }
     edges = {tag: (found[2 * i].start(), found[2 * i + 1].end()) for i, tag in enumerate(TAGS)}
-    spans = {view: (edges[tags[0]][0], edges[tags[-1]][1]) for view, tags in VIEWS.items()}
+    spans = {view.name: (edges[view.tags[0]][0], edges[view.tags[-1]][1]) for view in views}
     return Parsed(True, "", parts, spans)
 
 
@@ -76,25 +74,25 @@ def _what_is_wrong(kinds: tuple[tuple[bytes, bytes], ...]) -> str:
     return "tags out of order"
 
 
-def locate(pieces: Sequence[bytes]) -> Parsed:
-    """Parse a response given as the bytes of each token, in one pass; spans count tokens.
+def locate(pieces: Sequence[bytes], views: Sequence[ViewSettings]) -> Parsed:
+    """Parse a response given as the bytes of each token, in one pass; spans count tokens. Views come in order.
 
     A token belongs to a view if it overlaps it; one that overlaps two belongs to the earlier. `pieces` comes from
     indexing `piece_table` with the response's token ids.
     """
-    parsed = _parse_bytes(b"".join(pieces))
+    parsed = _parse_bytes(b"".join(pieces), views)
     if not parsed.valid:
         return parsed
-    views = list(parsed.spans.items())
+    found = list(parsed.spans.items())
     owned: dict[str, list[int]] = {view: [] for view in parsed.spans}
     start, current = 0, 0
     for index, piece in enumerate(pieces):
         end = start + len(piece)
-        while current < len(views) and views[current][1][1] <= start:
+        while current < len(found) and found[current][1][1] <= start:
             current += 1
-        if current == len(views):
+        if current == len(found):
             break
-        view, (low, high) = views[current]
+        view, (low, high) = found[current]
         if piece and start < high and end > low:
             owned[view].append(index)
         start = end

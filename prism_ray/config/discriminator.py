@@ -7,17 +7,21 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
+from prism_ray.config.judging import JudgingSettings
 from prism_ray.config.learner import OptimiserSettings
+from prism_ray.config.views import DEFAULT_VIEWS, ViewSettings, check_views
 
 SCORING_FIELDS = (
+    "backbone",
+    "routing",
+    "sees_images",
     "head_weight",
     "likelihood_weight",
-    "reasoning_context",
     "score_clip",
     "length_debias",
     "max_segment_tokens",
 )
-"""What decides a score besides the weights; a saved discriminator refuses to be loaded with other values."""
+"""What decides a score besides the weights and the views; a saved discriminator refuses to be loaded with others."""
 
 
 class ReplaySettings(Settings):
@@ -40,7 +44,13 @@ class GuardSettings(Settings):
     patience: int = Field(default=10, ge=1)
     """Steps in a row after which an alarm begins, or ends: one strange batch is none."""
     high_accuracy: float = Field(default=0.98, gt=0.5, le=1)
-    """Above this pair accuracy (`separable`) every rollout looks equally wrong, and the policy learns from noise."""
+    """Above this pair accuracy (`separable`) every rollout may look equally wrong, so that the policy learns from
+    noise; whether it does shows in `gap_closing`."""
+    gap_closing: float | None = Field(default=0.05, ge=0, lt=1)
+    """By what share the gap must have become smaller, from the older to the newer half of the last two times
+    `patience` steps, for pairs that are all told apart to be no alarm. In healthy runs of the testbed 98 % are told
+    apart for most of alignment while the gap closes by a third in ten steps: the policy does learn. Null: `separable`
+    rings whatever the gap does."""
     low_accuracy: float = Field(default=0.52, ge=0, le=1)
     """Below this pair accuracy (`chance`) the judge has lost its way, or the policy has arrived."""
     gap_drift: float = Field(default=5.0, gt=0)
@@ -92,9 +102,19 @@ class GateSettings(Settings):
         return self
 
 
-class DiscriminatorSettings(Settings):
-    """The mixture-of-experts judge of perception and reasoning."""
+class DiscriminatorSettings(JudgingSettings):
+    """The judge: what it judges, what it is, how it scores and how it is trained."""
 
+    views: tuple[ViewSettings, ...] = DEFAULT_VIEWS
+    """The parts of a response that are judged, in the order of the response, each with `name`, `tags`, `weight` and
+    `context`. One view of all three tags is whole-response distillation (GAD, arXiv 2511.10643)."""
+
+    sees_images: bool = True
+    """False hides the prompt's images from the judge (the paper's text-only ablation): it then tells how a teacher
+    writes, not whether it is true of the image."""
+    backbone: Literal["moe", "dense"] = "moe"
+    """`moe` upcycles the policy to a mixture of experts; `dense` takes it as it is (the paper's ablation), and the
+    settings of experts and router say nothing."""
     experts: int = Field(default=4, ge=1)
     """Experts of every MLP after upcycling (PRISM, arXiv 2604.28123)."""
     top_k: int = Field(default=2, ge=1)
@@ -103,6 +123,10 @@ class DiscriminatorSettings(Settings):
     """Standard deviation added to each expert's copy of the dense MLP, so that experts can grow apart; absolute."""
     router_init: float = Field(default=0.02, ge=0)
     """Standard deviation of the router's initial weights: near-uniform routing at first."""
+    routing: Literal["token", "view"] = "token"
+    """What the router goes by: the token's hidden state (as published), or with `view` also a learned embedding of the
+    view that the token is text of, 0 at first, so that experts can specialise in views
+    (`discriminator/router/view_information` says whether they do). Prompts and opening tags belong to no view."""
     experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] = "grouped_mm"
     """How transformers computes the experts. On one CPU core `eager` and `grouped_mm` are equally fast and `batched_mm`
     is 40 to 90 times slower (it copies an expert's weights for every token)."""
@@ -114,10 +138,6 @@ class DiscriminatorSettings(Settings):
     which stays near chance on captions on the testbed (measured); 0.5 separates them within a dozen steps."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout before the head while training (as published); always off when scoring."""
-    reasoning_context: Literal["own", "none"] = "own"
-    """What the judge of a later view sees of the same response before it: the earlier views (`own`) or nothing (`none`,
-    as published). Without the caption it cannot tell whether the reasoning follows from what was seen, and
-    rewards short thinks (measured)."""
     max_segment_tokens: int = Field(default=2048, ge=1)
     """A view is cut after so many tokens, references and rollouts alike; the end token always follows."""
     score_clip: float | None = Field(default=10.0, gt=0)
@@ -146,6 +166,10 @@ class DiscriminatorSettings(Settings):
     rollouts_per_update: int = Field(default=4, ge=1)
     """How many of a group's valid rollouts are paired with the reference in one update: half of them teach as much as
     all and cost half."""
+    foreign_references: int = Field(default=0, ge=0)
+    """For each group of an update, how many references of other prompts are paired with its own as if they were
+    rollouts (hard negatives): perfect in style, untrue of this image, so that only looking at the image tells them
+    apart. 0 as published; each costs as much as a rollout."""
     balance_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the router's load-balancing loss in warm-up."""
     alignment_balance_coefficient: float = Field(default=0.0, ge=0)
@@ -153,6 +177,11 @@ class DiscriminatorSettings(Settings):
     updates_per_step: int = Field(default=1, ge=1)
     """Discriminator updates for each of the policy's in alignment, each on the group's next `rollouts_per_update`
     rollouts. 1 as published; how fast the two learn is also set by `optimiser.lr` here and `learner.lr` there."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Weigh the pairs of an alignment update by how much likelier each rollout is under the policy now than when it was
+    sampled (geometric mean over its tokens, at most this; 2 is customary), so that the judge learns about the policy
+    of today. It then waits for the policy's update instead of learning beside it. Unset: all pairs weigh alike, which
+    costs little while rollouts are a version or two old."""
     canary_every: int = Field(default=10, ge=1)
     """Training steps between two checks, the first at the very start, that a reference and a rollout of the same text
     score exactly alike. A side that is recognised by anything but its text (an end token, a cut) makes a perfect
@@ -172,10 +201,23 @@ class DiscriminatorSettings(Settings):
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a caller waits for a discriminator actor before it gives up and names it."""
 
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """The views in order, which is that of the head's rows."""
+        return tuple(view.name for view in self.views)
+
     @model_validator(mode="after")
     def _consistent(self) -> DiscriminatorSettings:
-        if self.top_k > self.experts:
+        check_views(self.views)
+        if self.backbone == "dense" and self.routing == "view":
+            raise ValueError("discriminator.routing is view but a dense backbone has no router; set it to token")
+        if self.backbone == "moe" and self.top_k > self.experts:
             raise ValueError(f"discriminator.top_k is {self.top_k} but there are only {self.experts} experts")
+        if self.optimiser.zero_stage == 3 and not self.scorers:
+            raise ValueError(
+                "discriminator.optimiser.zero_stage is 3 but there are no scorers; ranks that hold only parts of the "
+                "weights cannot judge, so set discriminator.scorers to 1 or more, or zero_stage to 2"
+            )
         if self.guard.may_replay and self.guard.raised_replay <= self.replay.share:
             raise ValueError(
                 f"discriminator.guard.raised_replay is {self.guard.raised_replay}, no more than replay.share "

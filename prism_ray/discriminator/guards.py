@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from prism_ray.config.discriminator import GateSettings, GuardSettings
 from prism_ray.discriminator.objective import pair_accuracy
 from prism_ray.discriminator.scorer import Judged
-from prism_ray.discriminator.segments import VIEW_NAMES
 from prism_ray.records import Group, Prompt
 
 ALARMS = ("separable", "chance", "drift", "saturation")
@@ -34,29 +33,52 @@ class _Watch:
 
 
 @dataclass
-class _Start:
-    """The gap of a view in the first steps, against which drift is measured."""
+class _Course:
+    """How the gap of a view has moved: in the first `patience` steps, and in the last two times `patience`."""
 
-    gaps: list[float] = field(default_factory=list)
+    patience: int
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+
+    def add(self, gap: float) -> float:
+        """Take the gap of a step; returns how far it lies above that of the first steps (0 in those)."""
+        self.last = [*self.last, gap][-2 * self.patience :]
+        if len(self.first) < self.patience:
+            self.first.append(gap)
+            return 0.0
+        return gap - fmean(self.first)
+
+    @property
+    def closed(self) -> float | None:
+        """By what share of itself the gap has become smaller from the older to the newer half of the last steps; None
+        while they are too few to tell."""
+        if len(self.last) < max(2, self.patience):
+            return None
+        half = len(self.last) // 2
+        before, after = fmean(self.last[:half]), fmean(self.last[half:])
+        return (before - after) / max(abs(before), 1e-9)
 
 
 class Alarms:
-    """Per view: pairs told apart too well (`separable`) or not at all (`chance`), a gap that has grown since the start
-    (`drift`), heads stuck at the clip (`saturation`).
+    """Per view: all pairs told apart while the gap does not close (`separable`), or none (`chance`), a gap that has
+    grown since the start (`drift`), heads stuck at the clip (`saturation`).
+
+    Telling every pair apart is no fault in itself: in healthy runs of the testbed the likelihood form did so for most
+    of alignment, while its gap fell by two thirds and the policy improved. Where the gap stays, nothing is learned.
 
     An alarm begins after `patience` steps in a row that call for it, and ends after as many that do not; a step without
     the figure counts as neither.
     """
 
-    def __init__(self, settings: GuardSettings) -> None:
+    def __init__(self, settings: GuardSettings, views: Sequence[str]) -> None:
         self.settings = settings
-        self._watches = {f"{name}/{view}": _Watch() for name in ALARMS for view in VIEW_NAMES}
-        self._starts = {view: _Start() for view in VIEW_NAMES}
+        self._watches = {f"{name}/{view}": _Watch() for name in ALARMS for view in views}
+        self._courses = {view: _Course(settings.patience) for view in views}
 
     def update(self, metrics: Mapping[str, float]) -> list[str]:
         """Take the figures of a step; returns a sentence for every alarm that begins or ends with it."""
         sentences = []
-        for view in VIEW_NAMES:
+        for view in self._courses:
             for name, (figure, called) in self._calls(view, metrics).items():
                 watch = self._watches[f"{name}/{view}"]
                 watch.against = watch.against + 1 if called != watch.rings else 0
@@ -76,35 +98,34 @@ class Alarms:
     def state(self) -> dict[str, Any]:
         """What `restore` needs; JSON-able."""
         watches = {name: [watch.rings, watch.against] for name, watch in self._watches.items()}
-        return {"watches": watches, "gaps": {view: start.gaps for view, start in self._starts.items()}}
+        return {"watches": watches, "gaps": {view: [c.first, c.last] for view, c in self._courses.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` told."""
         self._watches |= {name: _Watch(*values) for name, values in state["watches"].items()}
-        self._starts |= {view: _Start(list(gaps)) for view, gaps in state["gaps"].items()}
+        for view, (first, last) in state["gaps"].items():
+            self._courses[view] = _Course(self.settings.patience, list(first), list(last))
 
     def _calls(self, view: str, metrics: Mapping[str, float]) -> dict[str, tuple[float, bool]]:
         """Figure of every alarm that this step says something of, and whether it calls for the alarm."""
-        limits, calls = self.settings, {}
-        accuracy = metrics.get(f"discriminator/train/pair_accuracy/{view}")
-        if accuracy is not None:
-            calls["separable"] = (accuracy, accuracy > limits.high_accuracy)
-            calls["chance"] = (accuracy, accuracy < limits.low_accuracy)
+        limits, calls, course = self.settings, {}, self._courses[view]
         gap = metrics.get(f"discriminator/train/gap/{view}")
         if gap is not None and math.isfinite(gap):
-            drift = self._drift(self._starts[view], gap)
+            drift = course.add(gap)
             calls["drift"] = (drift, drift > limits.gap_drift)
+        accuracy = metrics.get(f"discriminator/train/pair_accuracy/{view}")
+        if accuracy is not None:
+            calls["separable"] = (accuracy, accuracy > limits.high_accuracy and self._stays(course))
+            calls["chance"] = (accuracy, accuracy < limits.low_accuracy)
         stuck = metrics.get(f"discriminator/train/saturated/{view}")
         if stuck is not None:
             calls["saturation"] = (stuck, stuck > limits.saturation)
         return calls
 
-    def _drift(self, start: _Start, gap: float) -> float:
-        """How far the gap lies above that of the first `patience` steps; 0 in those."""
-        if len(start.gaps) < self.settings.patience:
-            start.gaps.append(gap)
-            return 0.0
-        return gap - fmean(start.gaps)
+    def _stays(self, course: _Course) -> bool:
+        """Whether the gap is known not to close."""
+        least = self.settings.gap_closing
+        return least is None or (course.closed is not None and course.closed < least)
 
     def _sentence(self, name: str, view: str, figure: float, begins: bool) -> str:
         what = {
@@ -132,17 +153,16 @@ class Gate:
     first has come every weight is 1, for the warm-up's target has been reached.
     """
 
-    def __init__(self, settings: GateSettings) -> None:
+    def __init__(self, settings: GateSettings, views: Sequence[str]) -> None:
         self.settings = settings
-        self._recent: dict[str, deque[tuple[float, int]]] = {v: deque(maxlen=settings.window) for v in VIEW_NAMES}
+        self._recent: dict[str, deque[tuple[float, int]]] = {v: deque(maxlen=settings.window) for v in views}
 
-    def see(self, judged: Sequence[Judged]) -> None:
-        """Count these groups; one whose pairs are all identical says nothing."""
-        for each in judged:
+    def see(self, groups: Sequence[Mapping[str, tuple[float, int]]]) -> None:
+        """Count these groups, each as `told_apart` gives it; one whose pairs are all identical says nothing."""
+        for counts in groups:
             for view, recent in self._recent.items():
-                accuracy, count = pair_accuracy(*each.rows[view].unbind(1))
-                if count:
-                    recent.append((accuracy * count, count))
+                if counts[view][1]:
+                    recent.append(counts[view])
 
     def accuracy(self, view: str) -> float | None:
         """Over the pairs of the last groups; None before the first."""
@@ -151,13 +171,13 @@ class Gate:
 
     def weights(self) -> dict[str, float]:
         """The weight of every view, in 0..1."""
-        found = {view: self.accuracy(view) for view in VIEW_NAMES}
+        found = {view: self.accuracy(view) for view in self._recent}
         return {v: 1.0 if a is None else gate_weight(a, self.settings) for v, a in found.items()}
 
     def metrics(self) -> dict[str, float]:
         """`discriminator/gate/<view>` and the accuracy it comes from."""
         metrics = {f"discriminator/gate/{view}": weight for view, weight in self.weights().items()}
-        known = {view: a for view in VIEW_NAMES if (a := self.accuracy(view)) is not None}
+        known = {view: a for view in self._recent if (a := self.accuracy(view)) is not None}
         return metrics | {f"discriminator/gate_accuracy/{view}": a for view, a in known.items()}
 
     def state(self) -> dict[str, Any]:
@@ -171,8 +191,27 @@ class Gate:
             recent.extend((right, count) for right, count in state[view])
 
 
+def told_apart(judged: Judged) -> dict[str, tuple[float, int]]:
+    """Per view, of the pairs that differ: how many are ordered rightly (a tie is half of one), and their number."""
+    counts = {}
+    for view, rows in judged.rows.items():
+        accuracy, count = pair_accuracy(*rows.unbind(1))
+        counts[view] = (accuracy * count if count else 0.0, count)
+    return counts
+
+
+def gated(group: Group, weights: Mapping[str, float]) -> Group:
+    """The judged group, with the gate's `weights` of the views among the parts of every verdict (`gate/<view>`)."""
+    parts = {f"gate/{view}": weight for view, weight in weights.items()}
+    return group.judged([replace(v, parts={**v.parts, **parts}) for v in group.verdicts])
+
+
 Truth = Callable[[str, Prompt], Mapping[str, float]]
 """What of a response is right, given its text and prompt: numbers by name (`evaluate.truth`)."""
+
+
+Told = list[tuple[dict[str, float], dict[str, float]]]
+"""Of one prompt's rollouts: the scores by view, and what of each is right."""
 
 
 def watch_metrics(groups: Sequence[Group], truth: Truth) -> dict[str, float]:
@@ -182,25 +221,29 @@ def watch_metrics(groups: Sequence[Group], truth: Truth) -> dict[str, float]:
     gamed rises while this falls. Prompts without a ground truth, or of which `truth` cannot tell (KeyError,
     ValueError), are left out, and so is a correlation that nothing varies in.
     """
+    return watch_figures([told(group, truth) for group in groups])
+
+
+def watch_figures(groups: Sequence[Told]) -> dict[str, float]:
+    """`watch_metrics` of what `told` found."""
     scores: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    for group in groups:
-        told = _told(group, truth)
-        for view in VIEW_NAMES:
-            for name in told[0][1] if told else ():
-                score_N = torch.tensor([score[view] for score, _ in told], dtype=torch.float64)
-                truth_N = torch.tensor([right[name] for _, right in told], dtype=torch.float64)
+    for rollouts in groups:
+        for view in rollouts[0][0] if rollouts else ():
+            for name in rollouts[0][1]:
+                score_N = torch.tensor([score[view] for score, _ in rollouts], dtype=torch.float64)
+                truth_N = torch.tensor([right[name] for _, right in rollouts], dtype=torch.float64)
                 scores.setdefault((view, name), []).append((score_N, truth_N))
     found = {key: rank_correlation(pairs) for key, pairs in scores.items()}
     return {f"discriminator/watch/{view}/{name}": value for (view, name), value in found.items() if value is not None}
 
 
-def _told(group: Group, truth: Truth) -> list[tuple[dict[str, float], Mapping[str, float]]]:
-    """Scores and truth of every valid rollout of a judged group."""
-    if not group.prompt.ground_truth:
+def told(group: Group, truth: Truth) -> Told:
+    """Scores and truth of every valid rollout of a judged group; nothing of a group without verdicts."""
+    if not group.prompt.ground_truth or not group.verdicts:
         return []
     scored = [(v.scores, r.text) for r, v in zip(group.rollouts, group.verdicts, strict=True) if v.scores]
     try:
-        return [(scores, truth(text, group.prompt)) for scores, text in scored]
+        return [(scores, dict(truth(text, group.prompt))) for scores, text in scored]
     except (KeyError, ValueError):
         return []
 

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism_ray.config.views import ViewSettings
 from prism_ray.discriminator.guards import Truth, watch_metrics
 from prism_ray.discriminator.model import Discriminator
 from prism_ray.discriminator.objective import calibration_error, pair_accuracy
 from prism_ray.discriminator.scorer import GroupViews, Judged, group_views, judge, judged_metrics
-from prism_ray.discriminator.segments import VIEW_NAMES, ViewSequence
+from prism_ray.discriminator.segments import ViewSequence
+from prism_ray.discriminator.spread import score_quantiles, scores_of
 from prism_ray.models.encode import Encoder
 from prism_ray.records import Group, Rollout
 from prism_ray.response import parse
@@ -105,23 +107,22 @@ def probe_pairs(groups: Sequence[GroupViews], view: str) -> list[ProbePair]:
     """The pairs of a view that the judge does not see as the same text in the same context."""
     pairs = []
     for fold, views in enumerate(groups):
-        reference = _side(views.reference.sequences[view], views.group.prompt.reference)
+        reference = _side(views.reference.sequences[view])
         for index, response in enumerate(views.rollouts):
             if response.valid and not views.identical(index, view):
-                rollout = _side(response.sequences[view], views.group.rollouts[index].text)
-                pairs.append(ProbePair(fold, reference, rollout))
+                pairs.append(ProbePair(fold, reference, _side(response.sequences[view])))
     return pairs
 
 
-def _side(sequence: ViewSequence, text: str) -> Side:
-    return Side(sequence.token_ids[sequence.start :], _text_of(sequence.view, text))
+def _side(sequence: ViewSequence) -> Side:
+    return Side(sequence.token_ids[sequence.start :], sequence.text)
 
 
 def probe_metrics(groups: Sequence[GroupViews]) -> dict[str, float]:
     """Held-out pair accuracy of every probe, `discriminator/probe/<probe>/<view>`; left out where a view has pairs of
     fewer than two prompts."""
     metrics = {}
-    for view in VIEW_NAMES:
+    for view in groups[0].reference.sequences if groups else ():
         pairs = probe_pairs(groups, view)
         for name, (features, _) in PROBES.items() if len({p.fold for p in pairs}) > 1 else ():
             metrics[f"discriminator/probe/{name}/{view}"] = probe_accuracy(pairs, features)
@@ -174,8 +175,9 @@ def shortcut_warnings(metrics: Mapping[str, float], margin: float) -> list[str]:
     than `margin` better than chance. `metrics` hold both."""
     found = []
     for name, (_, cure) in PROBES.items():
-        for view in VIEW_NAMES:
-            probe = metrics.get(f"discriminator/probe/{name}/{view}", 0.0)
+        prefix = f"discriminator/probe/{name}/"
+        for view in [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]:
+            probe = metrics[prefix + view]
             accuracy = metrics.get(f"discriminator/pair_accuracy/{view}", 1.0)
             if probe >= accuracy - margin and probe > 0.5 + margin:
                 found.append(
@@ -234,16 +236,17 @@ def examine(
     judged = judge(model, encoder, groups, version)
     metrics = judged_metrics(judged) | calibration_metrics(judged)
     metrics |= probe_metrics(group_views(groups, encoder, model.settings))
+    metrics |= score_quantiles(scores_of(j.group for j in judged))
     if truth is not None:
         metrics |= watch_metrics([j.group for j in judged], truth)
-    rows = [row for view in VIEW_NAMES for row in worst_pairs(judged, view, worst)]
+    rows = [row for view in model.settings.views for row in worst_pairs(judged, view, worst)]
     return Examination(metrics, shortcut_warnings(metrics, margin), rows)
 
 
 def calibration_metrics(judged: Sequence[Judged]) -> dict[str, float]:
     """Expected calibration error of σ(gap) per view over pairs that are not identical; left out if there are none."""
     metrics = {}
-    for view in VIEW_NAMES:
+    for view in judged[0].rows if judged else ():
         reference_P, rollout_P, identical_P = torch.cat([j.rows[view] for j in judged]).unbind(1)
         gap_P = (reference_P - rollout_P)[~identical_P.bool()]
         if len(gap_P):
@@ -251,24 +254,24 @@ def calibration_metrics(judged: Sequence[Judged]) -> dict[str, float]:
     return metrics
 
 
-def worst_pairs(judged: Sequence[Judged], view: str, count: int) -> list[dict[str, Any]]:
+def worst_pairs(judged: Sequence[Judged], view: ViewSettings, count: int) -> list[dict[str, Any]]:
     """The `count` pairs of a view with the lowest gap, of those that are not identical: ids, scores, the view's two
     texts, question and image (as the corpus has it, base64). Where the gap is above 0 even these are ordered rightly.
     """
     found = []
     for each in judged:
         valid = [i for i, verdict in enumerate(each.group.verdicts) if verdict.valid]
-        for index, (reference, rollout, identical) in zip(valid, each.rows[view].tolist(), strict=True):
+        for index, (reference, rollout, identical) in zip(valid, each.rows[view.name].tolist(), strict=True):
             if not identical:
                 found.append((reference - rollout, each.group, index, reference, rollout))
     found.sort(key=lambda row: (row[0], row[1].id, row[2]))
     return [_row(view, *row) for row in found[:count]]
 
 
-def _row(view: str, gap: float, group: Group, index: int, reference: float, rollout: float) -> dict[str, Any]:
+def _row(view: ViewSettings, gap: float, group: Group, index: int, reference: float, rollout: float) -> dict[str, Any]:
     prompt, sampled = group.prompt, group.rollouts[index]
     return {
-        "view": view,
+        "view": view.name,
         "prompt_id": prompt.id,
         "group_id": group.id,
         "rollout": sampled.index,
@@ -282,6 +285,6 @@ def _row(view: str, gap: float, group: Group, index: int, reference: float, roll
     }
 
 
-def _text_of(view: str, text: str) -> str:
-    low, high = parse(text).spans[view]
+def _text_of(view: ViewSettings, text: str) -> str:
+    low, high = parse(text, [view]).spans[view.name]
     return text.encode(errors="replace")[low:high].decode(errors="replace")

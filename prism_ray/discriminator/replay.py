@@ -17,7 +17,8 @@ import numpy as np
 from prism_ray.codec import decode, encode
 from prism_ray.records import Group, Prompt, Rollout
 
-REPLAY_FILE = "replay.msgpack"
+REPLAY_FILE = "replay-{}.msgpack"
+"""Name of a rank's pairs in a checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +53,22 @@ class Replay:
         rows = np.sort(random.choice(len(self), count, replace=False)) if count else []
         return _groups([self._pairs[i] for i in rows])
 
-    def save(self, folder: Path) -> None:
-        """Write the pairs into `folder`, for `load`."""
-        (folder / REPLAY_FILE).write_bytes(encode(_groups(list(self._pairs))))
+    def save(self, folder: Path, rank: int = 0) -> None:
+        """Write the pairs into `folder` as those of this rank, for `load`."""
+        (folder / REPLAY_FILE.format(rank)).write_bytes(encode(_groups(list(self._pairs))))
 
-    def load(self, folder: Path) -> None:
-        """Hold what `save` wrote, as far as there is room; nothing where it wrote nothing (replay was off then)."""
+    def load(self, folder: Path, rank: int = 0, ranks: int = 1) -> None:
+        """Hold what this rank saved, as far as there is room; nothing where nothing was saved (replay was off then).
+
+        What another number of ranks saved is dealt out to these.
+        """
         self._pairs.clear()
-        if (folder / REPLAY_FILE).is_file():
-            self.add(decode((folder / REPLAY_FILE).read_bytes()))
+        own, saved = folder / REPLAY_FILE.format(rank), len(list(folder.glob(REPLAY_FILE.format("*"))))
+        if saved == ranks:
+            self.add(decode(own.read_bytes()))
+        elif saved:
+            files = [folder / REPLAY_FILE.format(i) for i in range(saved)]
+            self.add([group for file in files for group in decode(file.read_bytes())][rank::ranks])
 
 
 def _groups(pairs: Sequence[_Pair]) -> list[Group]:

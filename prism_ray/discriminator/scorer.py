@@ -1,23 +1,25 @@
-"""From a group of rollouts to verdicts: both views of every rollout against the reference of their prompt."""
+"""From a group of rollouts to verdicts: every view of every rollout against the reference of their prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from prism_ray.config.discriminator import DiscriminatorSettings
+from prism_ray.config.views import shares_of
 from prism_ray.discriminator.model import Discriminator
 from prism_ray.discriminator.objective import pair_accuracy
 from prism_ray.discriminator.segments import (
-    VIEW_NAMES,
+    FAULTS,
     ResponseViews,
     ViewSequence,
     distinct,
     judged_batches,
+    seen_prompts,
     view_sequences,
 )
 from prism_ray.models.encode import Encoder
@@ -42,14 +44,14 @@ class GroupViews:
 
 
 def group_views(groups: Sequence[Group], encoder: Encoder, settings: DiscriminatorSettings) -> list[GroupViews]:
-    """Cut groups into sequences; raises BadReference, naming the prompt, if a reference breaks the format."""
+    """Cut groups into sequences; raises BadReference, naming the prompt, if a reference cannot be judged."""
     done = []
-    for group, prompt in zip(groups, encoder.prompts([g.prompt for g in groups]), strict=True):
+    for group, prompt in zip(groups, seen_prompts([g.prompt for g in groups], encoder, settings), strict=True):
         reference = view_sequences(prompt, group.prompt.reference, encoder, settings)
         if not reference.valid:
             reason = f"its reference is malformed ({reference.reason})"
             raise BadReference(f"prompt {group.prompt.id}: {reason}; drop the row from the corpus")
-        rollouts = tuple(view_sequences(prompt, r.text, encoder, settings) for r in group.rollouts)
+        rollouts = tuple(view_sequences(prompt, r.text, encoder, settings, reference) for r in group.rollouts)
         done.append(GroupViews(group, reference, rollouts))
     return done
 
@@ -72,10 +74,12 @@ def score_sequences(model: Discriminator, sequences: Sequence[ViewSequence]) -> 
 @dataclass(frozen=True, eq=False)
 class Judged:
     """A group with its verdicts, and what metrics are made of: per view a row [P, 3] for each valid rollout, of the
-    reference's score, the rollout's, and whether the judge saw the same text (and context) in both."""
+    reference's score, the rollout's, and whether the judge saw the same text (and context) in both; and `seen`, by
+    metric a value (0 or 1) for each response that it is about."""
 
     group: Group
     rows: dict[str, Tensor]
+    seen: dict[str, list[float]] = field(default_factory=dict)
 
 
 def judge(model: Discriminator, encoder: Encoder, groups: Sequence[Group], version: int) -> list[Judged]:
@@ -87,38 +91,59 @@ def judge(model: Discriminator, encoder: Encoder, groups: Sequence[Group], versi
     responses = [r for views in cut for r in (views.reference, *views.rollouts)]
     scores = iter(score_sequences(model, [s for r in responses for s in r.sequences.values()]).tolist())
     by_response = iter([{view: next(scores) for view in r.sequences} for r in responses])
-    return [_judged(views, by_response, model.settings.temperature, version) for views in cut]
+    return [_judged(views, by_response, model.settings, version) for views in cut]
 
 
 def judged_metrics(judged: Sequence[Judged]) -> dict[str, float]:
-    """Share of valid rollouts; gap, share of identical texts and pair accuracy per view, over all pairs."""
+    """Share of valid rollouts, of invalid ones by their fault, of groups without a valid one, and of views that were
+    cut; gap, share of identical texts and pair accuracy per view, over all pairs."""
     valid = [v.valid for j in judged for v in j.group.verdicts]
     metrics = {"discriminator/valid": fmean(valid)} if valid else {}
-    for view in VIEW_NAMES if judged else ():
+    for name in {name: None for j in judged for name in j.seen}:
+        metrics[name] = fmean(value for j in judged for value in j.seen.get(name, ()))
+    for view in judged[0].rows if judged else ():
         metrics |= pair_metrics("discriminator", view, torch.cat([j.rows[view] for j in judged]))
     return metrics
 
 
-def _judged(views: GroupViews, scores: Iterator[dict[str, float]], temperature: float, version: int) -> Judged:
+def _judged(
+    views: GroupViews, scores: Iterator[dict[str, float]], settings: DiscriminatorSettings, version: int
+) -> Judged:
     reference = next(scores)
     verdicts: list[Verdict] = []
-    rows: dict[str, list[tuple[float, float, bool]]] = {view: [] for view in VIEW_NAMES}
+    rows: dict[str, list[tuple[float, float, bool]]] = {view: [] for view in reference}
     for index, response in enumerate(views.rollouts):
         own = next(scores)
-        verdicts.append(_verdict(response, own, reference, temperature, version))
+        verdicts.append(_verdict(response, own, reference, settings, version))
         for view, score in own.items():
             rows[view].append((reference[view], score, views.identical(index, view)))
     tensors = {view: torch.tensor(r, dtype=torch.float32).reshape(-1, 3) for view, r in rows.items()}
-    return Judged(views.group.judged(verdicts), tensors)
+    return Judged(views.group.judged(verdicts), tensors, _seen(views))
+
+
+def _seen(views: GroupViews) -> dict[str, list[float]]:
+    """What the judge met besides texts to judge: by metric, of which of the responses it is true."""
+    valid = [r for r in views.rollouts if r.valid]
+    seen = {f"discriminator/invalid/{fault}": [float(r.fault == fault) for r in views.rollouts] for fault in FAULTS}
+    seen["discriminator/groups_without_valid"] = [float(not valid)]
+    for view, sequence in views.reference.sequences.items():
+        seen[f"discriminator/cut/{view}"] = [float(r.sequences[view].cut) for r in valid]
+        seen[f"discriminator/cut_reference/{view}"] = [float(sequence.cut)]
+    return {name: values for name, values in seen.items() if values}
 
 
 def _verdict(
-    response: ResponseViews, own: dict[str, float], reference: dict[str, float], temperature: float, version: int
+    response: ResponseViews,
+    own: dict[str, float],
+    reference: dict[str, float],
+    settings: DiscriminatorSettings,
+    version: int,
 ) -> Verdict:
     if not response.valid:
         return Verdict(0.0, False, response.reason, judge_version=version)
-    parts = {view: _sigmoid((own[view] - reference[view]) / temperature) for view in own}
-    return Verdict(fmean(parts.values()), True, "", own, dict(reference), parts, version)
+    parts = {view: _sigmoid((own[view] - reference[view]) / settings.temperature) for view in own}
+    reward = sum(share * parts[view] for view, share in shares_of(settings.views).items())
+    return Verdict(reward, True, "", own, dict(reference), parts, version)
 
 
 def _sigmoid(x: float) -> float:

@@ -1,48 +1,32 @@
 """Training the discriminator: pairs of a prompt's reference and its rollouts -> Bradley-Terry -> one optimiser step.
 
-Used by warm-up and by alignment, which replays older pairs. No Ray: a worker or a stage owns it.
+Used by warm-up and by alignment, which replays older pairs. No Ray: a worker owns it. Every rank of a process group has
+one and gives it its share of the groups; what they say and what alarms do is the same on all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from prism_ray.config.discriminator import DiscriminatorSettings
-from prism_ray.discriminator.guards import Alarms, Gate, Truth, watch_metrics
-from prism_ray.discriminator.model import Discriminator, Scores, save_discriminator
-from prism_ray.discriminator.objective import (
-    RouterCounts,
-    ViewPairs,
-    count_routing,
-    fallback_loss,
-    load_balancing_loss,
-    view_information,
-    weighted_view_loss,
-)
-from prism_ray.discriminator.pairs import (
-    Pack,
-    PairUnit,
-    count_pairs,
-    pack_units,
-    pair_units,
-    replayed_units,
-    valid_rollouts,
-)
+from prism_ray.discriminator.guards import Alarms, Truth, told, watch_figures
+from prism_ray.discriminator.model import Discriminator, save_discriminator
+from prism_ray.discriminator.pairs import all_units, count_pairs, foreign_groups, pair_units, valid_rollouts
 from prism_ray.discriminator.probes import Examination, check_canary, examine
 from prism_ray.discriminator.replay import Replay
-from prism_ray.discriminator.scorer import GroupViews, Judged, group_views, judge, pair_metrics
-from prism_ray.discriminator.segments import VIEW_NAMES, JudgedBatch, judged_batch
+from prism_ray.discriminator.scorer import GroupViews, Judged, group_views, judge
+from prism_ray.discriminator.spread import score_quantiles, scores_of
+from prism_ray.discriminator.update import Sums, Update
 from prism_ray.learner.engine import StepReport, TrainEngine
 from prism_ray.models.encode import Encoder
-from prism_ray.records import Group
+from prism_ray.records import Group, Ratios
 
 STATE_FILE = "discriminator_state.json"
 TAG = "discriminator"
@@ -88,63 +72,55 @@ class DiscriminatorTrainer:
         self.version = version
         self.truth = truth
         self.engine = SlowableEngine(model, settings.optimiser, total_steps)
-        self.replay = Replay(settings.replay.pairs, seed)
-        self.alarms = Alarms(settings.guard)
-        self.gate = Gate(settings.gate) if settings.gate else None
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.replay = Replay(max(1, settings.replay.pairs // self.ranks), seed + self.rank)
+        self.alarms = Alarms(settings.guard, settings.view_names)
         self.notices: list[str] = []
         self._steps = 0
 
     def judge(self, groups: Sequence[Group]) -> list[Judged]:
-        """The groups with verdicts by the current weights; `judged_metrics` of them are gap and pair accuracy.
-
-        With a gate, the parts of every verdict say with which weight each view should count (`gate/<view>`).
-        """
-        judged = judge(self.model, self.encoder, groups, self.version)
-        if self.gate is None:
-            return judged
-        weights = {f"gate/{view}": weight for view, weight in self.gate.weights().items()}
-        self.gate.see(judged)
-        return [replace(j, group=_with_parts(j.group, weights)) for j in judged]
+        """The groups with verdicts by the current weights; `judged_metrics` of them are gap and pair accuracy."""
+        return judge(self.model, self.encoder, groups, self.version)
 
     def examine(self, groups: Sequence[Group], worst: int) -> Examination:
         """What the current weights are worth on these groups, with the `worst` pairs of each view."""
         margin = self.settings.probe_margin
         return examine(self.model, self.encoder, groups, self.version, worst, margin, self.truth)
 
-    def learn(self, groups: Sequence[Group], warming: bool = False) -> dict[str, float]:
-        """What a step of the policy asks for: `updates_per_step` updates on these groups, with older pairs among them.
+    def learn(self, groups: Sequence[Group], warming: bool = False, ratios: Ratios | None = None) -> dict[str, float]:
+        """What a step of the policy asks for: `updates_per_step` updates on the groups of all ranks (these are this
+        one's), with older pairs among them. With `ratios` a new pair weighs its rollout's, up to `importance_cap`.
 
         In warm-up (`warming`) it is one update without replay, and warm-up's load balancing. Returns metrics, measured
         before the first update; without any valid pair only the fallback loss is stepped on. Raises CanaryBreach if
-        the two sides are not scored alike, which is looked at every `canary_every` calls.
+        the two sides are not scored alike, which rank 0 looks at every `canary_every` calls unless there are scorers.
         """
         if not groups:
             raise ValueError("the discriminator was given no groups to learn from; skip the update instead")
         canary = self._canary(groups[0])
         cut = group_views(groups, self.encoder, self.settings)
         turns = 1 if warming else self.settings.updates_per_step
-        updates = [self._update(cut, turn, warming) for turn in range(turns)]
+        updates = [self._update(cut, turn, warming, ratios) for turn in range(turns)]
+        replaying = not warming and self._share > 0
         if not warming and (self._share or self.settings.guard.may_replay):
             self.replay.add([_with(views.group, valid_rollouts(views)) for views in cut])
-        metrics = updates[-1] | updates[0] | canary
-        metrics["discriminator/skipped"] = sum(u["discriminator/skipped"] for u in updates)
+        seen = [] if warming or self.truth is None else [told(g, self.truth) for g in groups]
+        parts = _over_ranks((updates[0][0], updates[-1][0], seen, scores_of(groups)))
+        first, last = (reduce(add, (part[i] for part in parts)) for i in (0, 1))
+        metrics = {} if turns == 1 else _figures(last, updates[-1][1], replaying, self.settings)
+        metrics |= _figures(first, updates[0][1], replaying, self.settings) | canary
+        metrics["discriminator/skipped"] = float(sum(report.skipped for _, report in updates))
         metrics["discriminator/version"] = float(self.version)
-        return metrics if warming else metrics | self._watched(groups, metrics)
-
-    def _watched(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> dict[str, float]:
-        """What the guards say after a step of alignment."""
+        if warming:
+            return metrics
         self.notices += self.alarms.update(metrics)
-        found = self.alarms.metrics()
-        if self.gate is not None:
-            found |= self.gate.metrics()
-        if self.truth is not None:
-            found |= watch_metrics([g for g in groups if g.verdicts], self.truth)
-        return found
+        metrics |= score_quantiles([score for part in parts for score in part[3]])
+        return metrics | self.alarms.metrics() | watch_figures([rollouts for part in parts for rollouts in part[2]])
 
     def _canary(self, group: Group) -> dict[str, float]:
         due = self._steps % self.settings.canary_every == 0
         self._steps += 1
-        if not due:
+        if not due or self.rank or self.settings.scorers:
             return {}
         return {"discriminator/canary_gap": check_canary(self.model, self.encoder, group, self.version)}
 
@@ -154,171 +130,58 @@ class DiscriminatorTrainer:
         raised = "raise_replay" in self.alarms.remedies()
         return self.settings.guard.raised_replay if raised else self.settings.replay.share
 
-    def _update(self, cut: Sequence[GroupViews], turn: int, warming: bool) -> dict[str, float]:
+    def _update(
+        self, cut: Sequence[GroupViews], turn: int, warming: bool, ratios: Ratios | None
+    ) -> tuple[Sums, StepReport]:
         settings = self.settings
-        units = pair_units(cut, settings.rollouts_per_update, turn)
+        units = pair_units(cut, settings.rollouts_per_update, turn, ratios, settings.importance_cap or 1.0)
         old = [] if warming else self.replay.draw(count_pairs(units), self._share, self.version)
-        replayed = replayed_units(group_views(old, self.encoder, settings))
-        update = _Update(self, settings.balance_coefficient if warming else settings.alignment_balance_coefficient)
+        replayed = all_units(group_views(old, self.encoder, settings), "replay")
+        others = foreign_groups([views.group for views in cut], settings.foreign_references, turn)
+        foreign = all_units(group_views(others, self.encoder, settings), "foreign")
+        sums = Sums(
+            fresh=count_pairs(units),
+            replayed=count_pairs(replayed),
+            kept=len(self.replay),
+            newest=max(views.group.newest_version for views in cut),
+            versions=tuple(rollout.oldest_version for group in old for rollout in group.rollouts),
+        )
+        balance = settings.balance_coefficient if warming else settings.alignment_balance_coefficient
         self.model.train()
-        update.run(cut, [*units, *replayed])
+        sums += Update(self.engine, settings, balance).run(cut, [*units, *replayed, *foreign])
         report = self.engine.step_at(0.5 if "lower_rate" in self.alarms.remedies() else 1.0)
         self.version += 1
-        metrics = update.metrics()
-        if not warming and self._share:
-            metrics |= self._replay_metrics(cut, old, count_pairs(units), count_pairs(replayed))
-        metrics["discriminator/grad_norm"] = report.grad_norm
-        metrics["discriminator/lr"] = report.lr
-        metrics["discriminator/skipped"] = float(report.skipped)
-        return metrics
-
-    def _replay_metrics(
-        self, cut: Sequence[GroupViews], old: Sequence[Group], fresh: int, replayed: int
-    ) -> dict[str, float]:
-        """How full the buffer is, its share of this update, and the age of what came from it in policy versions."""
-        newest = max(views.group.newest_version for views in cut)
-        ages = [newest - rollout.oldest_version for group in old for rollout in group.rollouts]
-        metrics = {
-            "discriminator/replay/size": float(len(self.replay)),
-            "discriminator/replay/share": replayed / max(fresh + replayed, 1),
-        }
-        return metrics | ({"discriminator/replay/age": fmean(ages)} if ages else {})
+        return sums, report
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimiser, version, replay buffer and what the guards know, for `load`."""
+        """Write weights, optimiser, version, replay buffer and what the alarms know, for `load`; on every rank."""
         self.engine.save(folder, TAG)
-        self.replay.save(folder)
-        state = {"version": self.version, "alarms": self.alarms.state(), "gate": self.gate and self.gate.state()}
-        (folder / STATE_FILE).write_text(json.dumps(state))
+        self.replay.save(folder, self.rank)
+        if self.rank == 0:
+            state = {"version": self.version, "alarms": self.alarms.state()}
+            (folder / STATE_FILE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote; raises FileNotFoundError if the folder holds no such state."""
         if not (folder / STATE_FILE).is_file():
             raise FileNotFoundError(f"{folder}: no {STATE_FILE}; give a folder written by the discriminator's save")
         self.engine.load(folder, TAG)
-        self.replay.load(folder)
+        self.replay.load(folder, self.rank, self.ranks)
         state = json.loads((folder / STATE_FILE).read_text())
         self.version = state["version"]
         self.alarms.restore(state["alarms"])
-        if self.gate is not None and state["gate"] is not None:
-            self.gate.restore(state["gate"])
 
     def export(self, folder: str | Path, like: str | Path) -> None:
-        """Write the discriminator as a Hugging Face folder; tokenizer and processor come from `like`."""
-        save_discriminator(self.engine.weights(), self.model, folder, like)
+        """Write the discriminator as a Hugging Face folder, on rank 0; tokenizer and processor come from `like`."""
+        weights = self.engine.weights()
+        if self.rank == 0:
+            save_discriminator(weights, self.model, folder, like)
 
 
-class _Update:
-    """The backward passes of one update, and what is to be said of it (of this rank's share, where there are several).
-
-    Losses are divided by counts over all ranks, because the engine sums gradients.
-    """
-
-    def __init__(self, trainer: DiscriminatorTrainer, balance: float) -> None:
-        """`balance` weighs the load-balancing loss."""
-        self.trainer = trainer
-        self.balance = balance
-        self.loss = 0.0
-        self.balance_loss = 0.0
-        self.load_E: Tensor | float = 0.0
-        self.routed: list[RouterCounts] = []
-        self.rows: dict[tuple[str, bool], list[Tensor]] = {}
-        self.clipped: dict[str, list[Tensor]] = {}
-
-    def run(self, groups: Sequence[GroupViews], units: Sequence[PairUnit]) -> None:
-        """Bradley-Terry on all pairs: each micro-batch adds its share of the mean over the update's pairs.
-
-        `groups` give the references for the fallback where `units` are none.
-        """
-        packs = [Pack(some) for some in pack_units(units, self.trainer.settings.micro_batch_tokens)]
-        pairs, tokens, ranks = _over_ranks(count_pairs(units), sum(p.tokens for p in packs), 1)
-        for pack in packs:
-            self._backward(self._pack_loss(pack, int(pairs), pack.tokens / tokens))
-        if not packs:
-            self._backward(self._fallback_loss(groups) * (0.0 if pairs else 1 / ranks))
-
-    def _backward(self, loss: Tensor) -> None:
-        self.trainer.engine.backward(loss)
-        self.loss += float(loss.detach())
-
-    def _fallback_loss(self, groups: Sequence[GroupViews]) -> Tensor:
-        """No valid rollout here: the nearly weightless loss that keeps the ranks in step, on one micro-batch of
-        references."""
-        units = [PairUnit(v, (g.reference.sequences[v],), ()) for g in groups for v in VIEW_NAMES]
-        chosen = pack_units(units, self.trainer.settings.micro_batch_tokens)[0]
-        judged = judged_batch([u.sequences[0] for u in chosen]).to(self.trainer.model.device)
-        heads = self.trainer.engine.run(_forward, judged, None).head_B
-        rows = {u.view: [i for i, other in enumerate(chosen) if other.view == u.view] for u in chosen}
-        return fallback_loss({view: heads[of_view] for view, of_view in rows.items()})
-
-    def _pack_loss(self, pack: Pack, pairs: int, share: float) -> Tensor:
-        """The pack's part of the loss: its pairs among all `pairs` of the update, its `share` of the tokens."""
-        settings = self.trainer.settings
-        judged = pack.judged.to(self.trainer.model.device)
-        router_logits: list[Tensor] = []
-        scores = self.trainer.engine.run(_forward, judged, router_logits)
-        loss = scores.score_B.new_zeros(())
-        for (view, replayed), (reference, rollout, identical) in pack.pairs.items():
-            score, head = scores.score_B, scores.head_B
-            of_view = ViewPairs(score[reference], score[rollout], head[reference], head[rollout])
-            weight_P = torch.full_like(of_view.reference_P, 1 / pairs)
-            square_P = weight_P * settings.score_reg / (2 * len(VIEW_NAMES))
-            loss = loss + weighted_view_loss(of_view, weight_P, square_P, settings.margin, settings.label_smoothing)
-            rows = (of_view.reference_P, of_view.rollout_P, torch.tensor(identical, device=score.device))
-            table = torch.stack([r.detach().float() for r in rows], dim=1).cpu()
-            self.rows.setdefault((view, replayed), []).append(table)
-            if settings.score_clip is not None and not replayed:
-                heads = torch.cat((of_view.reference_head_P, of_view.rollout_head_P)).detach()
-                self.clipped.setdefault(view, []).append((heads.abs() >= settings.score_clip).float().cpu())
-        balance = self._balance(judged, router_logits, share)
-        return loss + self.balance * share * balance if self.balance else loss
-
-    def _balance(self, judged: JudgedBatch, router_logits: list[Tensor], share: float) -> Tensor:
-        top_k = self.trainer.model.backbone.config.get_text_config().num_experts_per_tok
-        loss, load_E = load_balancing_loss(router_logits, judged.batch.real_mask_BT.flatten(), top_k)
-        self.load_E = self.load_E + share * load_E.cpu()
-        self.balance_loss += share * float(loss.detach())
-        self.routed.append(count_routing(router_logits, _view_of_tokens(judged), len(VIEW_NAMES), top_k))
-        return loss
-
-    def metrics(self) -> dict[str, float]:
-        metrics = {"discriminator/loss": self.loss}
-        for (view, replayed), rows in self.rows.items():
-            prefix = "discriminator/replay" if replayed else "discriminator/train"
-            metrics |= pair_metrics(prefix, view, torch.cat(rows))
-        for view, clipped in self.clipped.items():
-            metrics[f"discriminator/train/saturated/{view}"] = float(torch.cat(clipped).mean())
-        if isinstance(self.load_E, Tensor):
-            metrics["discriminator/balance_loss"] = self.balance_loss
-            metrics["discriminator/router_load_max"] = float(self.load_E.max())
-            metrics["discriminator/router_load_min"] = float(self.load_E.min())
-            metrics |= _router_metrics(self.routed)
-        return metrics
-
-
-def _view_of_tokens(judged: JudgedBatch) -> Tensor:
-    """Of every flat token of the batch the index of the view it is scored for; -1 for prompts, context and padding.
-
-    A token lies where the next one is predicted, and there is always one: the end token, which is not scored.
-    """
-    row_S, step_S = judged.scored_BR.nonzero(as_tuple=True)
-    view_N = torch.full_like(judged.batch.input_ids_BT.flatten(), -1)
-    view_N[judged.batch.predictor_BR[row_S, step_S + 1]] = judged.view_B[row_S]
-    return view_N
-
-
-def _router_metrics(routed: Sequence[RouterCounts]) -> dict[str, float]:
-    """Per view the load of every expert (mean over layers, 1 in all) and the router's entropy (1: undecided); and what
-    the expert says of the view, in nats."""
-    total = sum(routed[1:], routed[0])
-    tokens_V = total.routed_LVE.mean(0).sum(1).clamp(min=1)
-    load_VE = total.routed_LVE.mean(0) / tokens_V[:, None]
-    metrics = {"discriminator/router/view_information": view_information(total.routed_LVE)}
-    for v, view in enumerate(VIEW_NAMES):
-        metrics[f"discriminator/router/entropy/{view}"] = float(total.entropy_V[v] / tokens_V[v])
-        for expert, load in enumerate(load_VE[v].tolist()):
-            metrics[f"discriminator/router/load/{view}/{expert}"] = load
-    return metrics
+def _figures(sums: Sums, report: StepReport, replaying: bool, settings: DiscriminatorSettings) -> dict[str, float]:
+    """The metrics of an update of all ranks."""
+    metrics = sums.metrics(settings.view_names) | (sums.replay_metrics() if replaying else {})
+    return metrics | {"discriminator/grad_norm": report.grad_norm, "discriminator/lr": report.lr}
 
 
 def _with(group: Group, chosen: Sequence[int]) -> Group:
@@ -326,18 +189,9 @@ def _with(group: Group, chosen: Sequence[int]) -> Group:
     return Group(group.id, group.prompt, tuple(group.rollouts[i] for i in chosen))
 
 
-def _with_parts(group: Group, parts: Mapping[str, float]) -> Group:
-    return group.judged([replace(v, parts={**v.parts, **parts}) for v in group.verdicts])
-
-
-def _forward(model: Discriminator, judged: JudgedBatch, router_logits: list[Tensor] | None) -> Scores:
-    return model(judged, router_logits)
-
-
-def _over_ranks(*counts: float) -> list[float]:
-    """These numbers, summed over all ranks."""
-    total = torch.tensor(counts, dtype=torch.float64)
-    if dist.get_world_size() > 1:
-        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-    return total.tolist()
+def _over_ranks(part: Any) -> list[Any]:
+    """What every rank gives, in the order of the ranks."""
+    parts = [part] * dist.get_world_size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
+    return parts

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from prism_ray.models.attention import uses_packed
 from prism_ray.models.batch import Batch
+from prism_ray.models.routing import ROUTER_SHIFT
 from prism_ray.models.vision import encode_images
 
 
-def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = None) -> Tensor:
+def final_hidden(
+    model: Any, batch: Batch, router_logits: list[Tensor] | None = None, router_shift_ND: Tensor | None = None
+) -> Tensor:
     """Final hidden states (after the last norm) of a Qwen3-VL(-MoE) ForConditionalGeneration model.
 
     They are [B, T, D], or [1, S, D] of a packed batch. For a mixture of experts, each layer's router logits
     [tokens, experts] are appended to `router_logits` if a list is given; padded tokens are among them
-    (`batch.real_mask_BT` tells). A batch without images still runs the vision tower, on a blank patch with weight
+    (`batch.real_mask_BT` tells). `router_shift_ND` is added, token by token, to what every router reads
+    (`models/routing.py`). A batch without images still runs the vision tower, on a blank patch with weight
     0: ranks whose batches differ in that would otherwise gather or reduce different parameters and hang or abort.
     """
     inner = model.model
@@ -38,6 +42,8 @@ def final_hidden(model: Any, batch: Batch, router_logits: list[Tensor] | None = 
         embeds_BTD = embeds_BTD + _blank_image(inner.visual, batch.pixel_values)
     if router_logits is not None:
         options["output_router_logits"] = True
+    if router_shift_ND is not None:
+        options[ROUTER_SHIFT] = router_shift_ND
     output = inner.language_model(inputs_embeds=embeds_BTD, use_cache=False, **options)
     if router_logits is not None:
         router_logits.extend(output.router_logits)

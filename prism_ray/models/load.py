@@ -11,7 +11,7 @@ import copy
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,17 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=IMPLEMENTATION).train()
 
 
+def copy_policy(source: str | Path, folder: str | Path) -> None:
+    """A copy of the Hugging Face folder `source`, its weights as they are."""
+    check_policy(source)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_weights(folder)
+    for file in Path(source).iterdir():
+        if file.is_file():
+            shutil.copy(file, folder / file.name)
+
+
 def save_policy(model: Any, folder: str | Path, like: str | Path) -> None:
     """Write the model as a Hugging Face folder; tokenizer, processor and templates are copied from `like`."""
     model.config.architectures = [type(model).__name__]
@@ -57,6 +68,22 @@ def save_weights(weights: Mapping[str, Any], folder: str | Path, like: str | Pat
     """
     tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
     _write(tensors, Path(folder), Path(like), AutoConfig.from_pretrained(like))
+
+
+def save_made(
+    shapes: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    folder: str | Path,
+    like: str | Path,
+    config: Any,
+    shard_size: int | str | None = None,
+) -> None:
+    """Write a Hugging Face folder of weights that are made one by one, when their file is written.
+
+    `shapes` has every weight by name, on the meta device and in the form and precision that `make(name)` gives; files
+    hold at most `shard_size` bytes (also as "5GB"; unset: `SHARD_SIZE`), a single larger weight has one of its own.
+    """
+    _write(shapes, Path(folder), Path(like), config, make, shard_size)
 
 
 def as_filed(name: str, weight: Any) -> Any:
@@ -81,7 +108,15 @@ def check_policy(folder: str | Path) -> None:
         raise FileNotFoundError(f"{folder}: no *.safetensors file; the checkpoint is incomplete, copy it again")
 
 
-def _write(weights: Mapping[str, Tensor], folder: Path, like: Path, config: Any) -> None:
+def _write(
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    like: Path,
+    config: Any,
+    make: Callable[[str], Tensor] | None = None,
+    shard_size: int | str | None = None,
+) -> None:
+    """`weights`, or what `make` makes in their place; of that never more than one file's."""
     tied = config.tie_word_embeddings
     files = {n: as_filed(n, w.detach()) for n, w in weights.items() if not (tied and n == HEAD)}
     _check_experts(files)
@@ -90,17 +125,23 @@ def _write(weights: Mapping[str, Tensor], folder: Path, like: Path, config: Any)
         if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
             shutil.copy(file, folder / file.name)
     _of_precision(config, files.values()).save_pretrained(folder)
-    for old in folder.glob("model*.safetensors*"):  # a shard that stayed behind would be read as a part of this model
-        old.unlink()
+    _forget_weights(folder)
     split = split_torch_state_dict_into_shards(
-        files, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+        files, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size or SHARD_SIZE
     )
     for name, members in split.filename_to_tensors.items():
-        shard = {member: files[member].cpu().contiguous() for member in members}
+        shard = {m: (files[m] if make is None else as_filed(m, make(m))).cpu().contiguous() for m in members}
         save_file(shard, folder / name, metadata={"format": "pt"})
+        del shard  # or it would still be there while the next file's weights are made
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _forget_weights(folder: Path) -> None:
+    """A shard that stayed behind would be read as a part of the model that is written now."""
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
 
 
 def _check_experts(weights: Mapping[str, Tensor]) -> None:

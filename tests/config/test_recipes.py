@@ -7,6 +7,7 @@ import pytest
 from prism_ray.config.load import load_config
 from prism_ray.config.run import RunSettings
 from prism_ray.config.stages import PhaseSettings
+from prism_ray.config.views import shares_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -145,7 +146,8 @@ def test_the_published_judge_and_advantages_are_one_override_each(base):
     text = (CONFIGS / f"{base}.yaml").read_text()
     published = (
         "discriminator.likelihood_weight=0",
-        "discriminator.reasoning_context=none",
+        "discriminator.views=[{name: perception, tags: [caption]}, {name: reasoning, tags: [think, answer], "
+        "context: none}]",
         "align.advantage.estimator=prism_code",
         "align.loop.max_staleness=0",
         "rlvr.loop.max_staleness=0",
@@ -153,14 +155,19 @@ def test_the_published_judge_and_advantages_are_one_override_each(base):
     assert all(override in text for override in published), "the file must name them"
     s = loaded(base, overrides=published)
     assert (s.align.advantage.invalid, s.align.advantage.per_view) == ((1.0, 1.5), False)
-    assert s.align.advantage.view_weights == {"perception": 0.5, "reasoning": 0.5}
+    assert [view.context for view in s.discriminator.views][1:] == ["none"]
+    assert shares_of(s.discriminator.views) == {"perception": 0.5, "reasoning": 0.5}
 
 
 @pytest.mark.parametrize("base", PAPER)
 def test_the_bases_fit_their_eight_gpus(base):
     s = loaded(base)
     engines = s.rollout.engines * s.rollout.gpus_per_engine
-    assert engines + s.learner.ranks * s.learner.gpus_per_rank <= 7, "one is the judge's"
+    judge = s.discriminator
+    assert engines + s.learner.ranks * s.learner.gpus_per_rank + judge.needs["GPU"] == 8
+    assert judge.gpus_per_rank + judge.gpus_per_scorer <= 1, "they share one"
+    assert judge.ranks <= min(s.align.loop.groups_per_step, s.warmup.prompts_per_step)
+    assert judge.policy and "2B" in judge.policy.name and judge.micro_batch_tokens >= 2048 + 6144
     assert engines + s.trainer.ranks * s.trainer.gpus_per_rank <= 8
     assert s.learner.ranks <= s.align.loop.groups_per_step, "a group stays on one rank"
     assert s.sft.batch % s.trainer.ranks == 0
@@ -171,6 +178,6 @@ def test_the_bases_fit_their_eight_gpus(base):
 def test_the_8b_base_is_the_4b_base_but_for_what_size_asks():
     small, large = (loaded(base).model_dump() for base in PAPER)
     differing = {name for name in small if small[name] != large[name]}
-    assert differing == {"name", "policy", "learner", "trainer", "discriminator", "cluster"}
+    assert differing == {"name", "policy", "learner", "trainer", "cluster"}
     for section in ("learner", "trainer"):
         assert {k for k in small[section] if small[section][k] != large[section][k]} == {"zero_stage"}

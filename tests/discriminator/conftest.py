@@ -47,6 +47,17 @@ def settings() -> DiscriminatorSettings:
 
 
 @pytest.fixture
+def in_context() -> Callable[..., DiscriminatorSettings]:
+    """Settings whose views are judged in this context."""
+
+    def make(settings: DiscriminatorSettings, context: str) -> DiscriminatorSettings:
+        views = tuple(view.model_copy(update={"context": context}) for view in settings.views)
+        return settings.model_copy(update={"views": views})
+
+    return make
+
+
+@pytest.fixture
 def build(tiny_folder, settings) -> Callable[..., Discriminator]:
     """A fresh discriminator; keyword arguments change its settings."""
 
@@ -56,7 +67,7 @@ def build(tiny_folder, settings) -> Callable[..., Discriminator]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prompt_of() -> Callable[..., Prompt]:
     """A prompt about one random image; the reference is a response text."""
 
@@ -70,7 +81,7 @@ def prompt_of() -> Callable[..., Prompt]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def group_of(prompt_of) -> Callable[..., Group]:
     """A group: the seed of its image, the reference's text, the rollouts' texts."""
 
@@ -81,7 +92,7 @@ def group_of(prompt_of) -> Callable[..., Group]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def response() -> Callable[..., str]:
     """A response from its three parts."""
 

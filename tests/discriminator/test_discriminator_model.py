@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.model import CARD_FILE, HEAD_FILE, load_discriminator, save_discriminator
 from prism_ray.discriminator.scorer import judge, judged_metrics, score_sequences
-from prism_ray.discriminator.segments import VIEW_NAMES, judged_batch, view_sequences
+from prism_ray.discriminator.segments import judged_batch, view_sequences
 from prism_ray.models.logprobs import response_logprobs
+
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
 
 
 @pytest.fixture
@@ -109,10 +112,11 @@ def test_the_image_matters_in_both_views(build, cut):
     assert ((one.head_B - two.head_B).abs() > 1e-5).all()
 
 
-def test_the_caption_matters_to_the_reasoning_only_as_context(build, cut, response):
+def test_the_caption_matters_to_the_reasoning_only_as_context(build, cut, response, settings, in_context):
     for context, matters in (("own", True), ("none", False)):
-        model = build(reasoning_context=context)
-        one, two = (cut(0, response(caption=c), reasoning_context=context)[1] for c in (" red one", " blue two"))
+        views = in_context(settings, context).views
+        model = build(views=views)
+        one, two = (cut(0, response(caption=c), views=views)[1] for c in (" red one", " blue two"))
         a, b = scores_of(model, [one]).score_B, scores_of(model, [two]).score_B
         assert bool((a != b).any()) == matters
 
@@ -140,7 +144,9 @@ def test_invalid_rollouts_are_not_scored_and_say_why(build, encoder, group_of, r
 def test_a_group_without_a_valid_rollout_has_verdicts_and_no_gap(build, encoder, group_of, response):
     (judged,) = judge(build(), encoder, [group_of(0, response(), "", "<caption>")], version=0)
     assert [v.valid for v in judged.group.verdicts] == [False, False]
-    assert judged_metrics([judged]) == {"discriminator/valid": 0.0}
+    metrics = judged_metrics([judged])
+    assert metrics["discriminator/valid"] == 0.0 and metrics["discriminator/groups_without_valid"] == 1.0
+    assert not [name for name in metrics if "/gap/" in name or "/pair_accuracy/" in name or "/cut/" in name]
 
 
 def test_the_reward_is_the_mean_of_squashed_gaps(build, encoder, group_of, response):
@@ -172,14 +178,16 @@ def test_a_saved_discriminator_is_a_hugging_face_folder_in_the_published_layout(
     inside = model.backbone.state_dict()[name]
     torch.testing.assert_close(load_file(tmp_path / "model.safetensors")[name], inside.transpose(1, 2))
     assert (tmp_path / HEAD_FILE).is_file() and (tmp_path / "tokenizer.json").is_file()
-    assert json.loads((tmp_path / CARD_FILE).read_text())["views"]["reasoning"] == ["think", "answer"]
+    assert json.loads((tmp_path / CARD_FILE).read_text())["views"][1]["tags"] == ["think", "answer"]
 
 
-def test_a_discriminator_refuses_to_score_otherwise_than_it_was_trained(build, tiny_folder, settings, tmp_path):
+def test_a_discriminator_refuses_to_score_otherwise_than_it_was_trained(
+    build, tiny_folder, settings, in_context, tmp_path
+):
     model = build()
     save_discriminator(dict(model.named_parameters()), model, tmp_path, like=tiny_folder)
-    other = settings.model_copy(update={"reasoning_context": "none"})
-    with pytest.raises(ValueError, match="discriminator.reasoning_context is none .* trained with own; warm up again"):
+    other = in_context(settings, "none")
+    with pytest.raises(ValueError, match="reasoning .think . answer; none. but .* trained with .* own.; warm up again"):
         load_discriminator(tmp_path, other)
     free = settings.model_copy(update={"temperature": 1.0, "rollouts_per_update": 2})
     assert load_discriminator(tmp_path, free).settings == free

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.objective import ViewPairs, discriminator_loss
 from prism_ray.discriminator.pairs import pack_units, pair_units
 from prism_ray.discriminator.scorer import group_views, judged_metrics
-from prism_ray.discriminator.segments import VIEW_NAMES, judged_batch
-from prism_ray.discriminator.trainer import _view_of_tokens
+from prism_ray.discriminator.segments import judged_batch
+from prism_ray.discriminator.update import view_of_tokens
+
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
 
 
 def test_the_first_valid_rollouts_by_index_are_paired(encoder, settings, groups):
@@ -71,11 +74,11 @@ def test_verdicts_carry_the_version_that_spoke(train, groups):
     assert {v.judge_version for v in judged.group.verdicts} == {1}
 
 
-def test_the_same_reasoning_after_another_caption_is_not_identical(encoder, settings, group_of, response):
+def test_the_same_reasoning_after_another_caption_is_not_identical(encoder, settings, in_context, group_of, response):
     group = group_of(0, response(), response(caption=" blue two"), response())
     (views,) = group_views([group], encoder, settings)
     assert [views.identical(i, "reasoning") for i in (0, 1)] == [False, True]
-    (alone,) = group_views([group], encoder, settings.model_copy(update={"reasoning_context": "none"}))
+    (alone,) = group_views([group], encoder, in_context(settings, "none"))
     assert alone.identical(0, "reasoning") and not alone.identical(0, "perception")
 
 
@@ -151,7 +154,7 @@ def test_the_routers_health_is_told_per_view_and_expert_of_the_views_own_tokens(
     units = pair_units(group_views(groups(1), trainer.encoder, trainer.settings), 1)
     for sequence in (s for u in units for s in u.sequences):
         judged = judged_batch([sequence])
-        view_N = _view_of_tokens(judged)
+        view_N = view_of_tokens(judged)
         marked = judged.batch.input_ids_BT.flatten()[view_N >= 0].tolist()
         assert marked == list(sequence.token_ids[sequence.start : sequence.stop])
         assert set(view_N.tolist()) == {-1, VIEW_NAMES.index(sequence.view)}

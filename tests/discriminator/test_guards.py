@@ -18,19 +18,23 @@ from prism_ray.config.discriminator import (
     GuardSettings,
     ReplaySettings,
 )
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.guards import (
     ALARMS,
     Alarms,
     Gate,
     gate_weight,
+    gated,
     rank_correlation,
+    told_apart,
     watch_metrics,
 )
 from prism_ray.discriminator.scorer import Judged
-from prism_ray.discriminator.segments import VIEW_NAMES
 from prism_ray.records import Group, Prompt, Rollout, Verdict
 
-QUICK = GuardSettings(patience=3)
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
+
+QUICK = GuardSettings(patience=3, gap_closing=None)
 
 
 def step(accuracy: float = 0.8, gap: float = 1.0, saturated: float = 0.0, view: str = "perception"):
@@ -50,7 +54,7 @@ def ringing(alarms: Alarms) -> set[str]:
 
 
 def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends():
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     sentences = said(alarms, *[step(0.99)] * 6, *[step(0.8)] * 5)
     assert [len(s) for s in sentences] == [0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
     assert sentences[2] == ["discriminator alarm separable (perception) begins: pair accuracy 0.990 for 3 steps"]
@@ -58,7 +62,7 @@ def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends():
 
 
 def test_one_ordinary_step_in_between_begins_the_count_anew():
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     said(alarms, step(0.99), step(0.99), step(0.8), step(0.99), step(0.99))
     assert ringing(alarms) == set()
     said(alarms, step(0.99))
@@ -73,7 +77,7 @@ def test_one_ordinary_step_in_between_begins_the_count_anew():
      ({"saturated": 0.6}, "saturation")],
 )  # fmt: skip
 def test_every_alarm_rings_for_its_own_figure_in_its_own_view(figures, alarm):
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     said(alarms, *[step(view="reasoning")] * 3)
     (sentence,) = [s for some in said(alarms, *[step(**figures, view="reasoning")] * 3) for s in some]
     assert ringing(alarms) == {f"{alarm}/reasoning"} and f"alarm {alarm} (reasoning) begins" in sentence
@@ -82,7 +86,7 @@ def test_every_alarm_rings_for_its_own_figure_in_its_own_view(figures, alarm):
 
 @pytest.mark.parametrize("limit", [{"accuracy": 0.98}, {"accuracy": 0.52}, {"gap": 6.0}, {"saturated": 0.5}])
 def test_a_figure_at_its_limit_is_no_alarm(limit):
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     said(alarms, *[step()] * 3, *[step(**limit)] * 9)
     assert ringing(alarms) == set()
 
@@ -94,14 +98,36 @@ def test_a_figure_at_its_limit_is_no_alarm(limit):
      ("saturation", 0.7, {"saturated": 0.6})],
 )  # fmt: skip
 def test_every_limit_matters(field, value, figures):
-    usual, other = Alarms(QUICK), Alarms(QUICK.model_copy(update={field: value}))
+    usual, other = Alarms(QUICK, VIEW_NAMES), Alarms(QUICK.model_copy(update={field: value}), VIEW_NAMES)
     for alarms in (usual, other):
         said(alarms, *[step()] * 3, *[step(**figures)] * 4)
     assert ringing(usual) and not ringing(other)
 
 
+def test_all_pairs_told_apart_is_no_alarm_while_the_gap_closes():
+    """The gaps of a healthy run of the testbed, whose policy improved all the while; a gap that stays is one."""
+    gaps = [7.7, 7.5, 6.9, 6.5, 6.5, 6.0, 6.3, 5.7, 5.7, 5.1, 4.5, 4.2, 4.8, 5.1, 3.7, 3.4, 3.1, 2.6, 2.4, 2.2]
+    healthy, stuck, whatever = (
+        Alarms(GuardSettings(patience=4, gap_closing=closing), VIEW_NAMES) for closing in (0.05, 0.05, None)
+    )
+    said(healthy, *[step(1.0, gap) for gap in gaps])
+    said(whatever, *[step(1.0, gap) for gap in gaps])
+    said(stuck, *[step(1.0, 7.0 + 0.1 * (i % 2)) for i in range(20)])
+    assert ringing(healthy) == set()
+    assert ringing(stuck) == ringing(whatever) == {"separable/perception"}
+    said(stuck, *[step(1.0, 7.0 * 0.9**i) for i in range(12)])
+    assert ringing(stuck) == set(), "and it ends once the gap closes"
+
+
+def test_how_much_the_gap_must_close_is_a_setting():
+    strict, mild = (Alarms(GuardSettings(patience=4, gap_closing=c), VIEW_NAMES) for c in (0.3, 0.02))
+    for alarms in (strict, mild):
+        said(alarms, *[step(1.0, 8.0 * 0.98**i) for i in range(20)])
+    assert ringing(strict) == {"separable/perception"} and ringing(mild) == set()
+
+
 def test_a_shrinking_gap_is_no_drift_and_steps_without_figures_count_for_nothing():
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     said(alarms, *[step(gap=20.0)] * 3, *[step(gap=-20.0)] * 9)
     assert ringing(alarms) == set()
     said(alarms, step(0.99), {}, step(0.99), {}, {}, step(0.99))
@@ -109,13 +135,13 @@ def test_a_shrinking_gap_is_no_drift_and_steps_without_figures_count_for_nothing
 
 
 def test_a_gap_that_is_no_number_does_not_spoil_what_drift_is_measured_against():
-    alarms = Alarms(QUICK)
+    alarms = Alarms(QUICK, VIEW_NAMES)
     said(alarms, step(gap=math.nan), *[step()] * 3, *[step(gap=9.0)] * 3)
     assert ringing(alarms) == {"drift/perception"}
 
 
 def test_alarms_go_on_from_their_state():
-    one, two = Alarms(QUICK), Alarms(QUICK)
+    one, two = Alarms(QUICK, VIEW_NAMES), Alarms(QUICK, VIEW_NAMES)
     said(one, *[step(gap=1.0)] * 3, *[step(gap=9.0)] * 2)
     two.restore(json.loads(json.dumps(one.state())))
     assert [bool(a.update(step(gap=9.0))) for a in (one, two)] == [True, True]
@@ -130,7 +156,9 @@ def test_an_alarm_calls_for_its_own_remedy_while_it_rings(alarm):
         "drift": step(gap=9.0),
         "saturation": step(saturated=0.9),
     }
-    alarms = Alarms(GuardSettings.model_validate({"patience": 2, f"on_{alarm}": "lower_rate"}))
+    alarms = Alarms(
+        GuardSettings.model_validate({"patience": 2, "gap_closing": None, f"on_{alarm}": "lower_rate"}), VIEW_NAMES
+    )
     said(alarms, *[step()] * 2)
     assert alarms.remedies() == set()
     sentences = said(alarms, *[figures[alarm]] * 2)
@@ -152,7 +180,9 @@ def easy(group_of, response):
 
 def guarded(**changes) -> GuardSettings:
     """Either of the accuracy's alarms rings after every step, whatever the accuracy."""
-    return GuardSettings.model_validate({"patience": 1, "high_accuracy": 0.51, "low_accuracy": 0.52} | changes)
+    return GuardSettings.model_validate(
+        {"patience": 1, "high_accuracy": 0.51, "low_accuracy": 0.52, "gap_closing": None} | changes
+    )
 
 
 def test_lower_rate_halves_the_learning_rate_while_the_alarm_rings_and_no_longer(train, easy):
@@ -161,7 +191,7 @@ def test_lower_rate_halves_the_learning_rate_while_the_alarm_rings_and_no_longer
     usual = trainer.settings.optimiser.lr
     rates = [trainer.learn(easy(n))["discriminator/lr"] for n in range(3)]
     assert rates == pytest.approx([usual, usual / 2, usual / 2]), "and it does not halve what is halved"
-    trainer.alarms = Alarms(GuardSettings())
+    trainer.alarms = Alarms(GuardSettings(), VIEW_NAMES)
     assert trainer.learn(easy(4))["discriminator/lr"] == pytest.approx(usual)
     plain = train(guard=guarded())
     assert [plain.learn(easy(n))["discriminator/lr"] for n in range(2)] == pytest.approx([usual, usual])
@@ -206,18 +236,13 @@ def test_saturation_is_the_share_of_heads_at_the_clip(train, easy):
     assert not any("saturated" in name for name in train(score_clip=None).learn(easy(0)))
 
 
-def test_a_trainer_goes_on_with_its_guards(train, easy, tmp_path):
-    settings = {"guard": guarded(patience=2), "gate": GateSettings(window=5), "head_dropout": 0.0}
+def test_a_trainer_goes_on_with_its_alarms(train, easy, tmp_path):
+    settings = {"guard": guarded(patience=2), "head_dropout": 0.0}
     one, two = train(**settings), train(**settings)
-    one.judge(easy(0))
     one.learn(easy(0))
     one.save(tmp_path)
     two.load(tmp_path)
-    assert two.alarms.state() == one.alarms.state() and two.gate and one.gate
-    assert two.gate.state() == one.gate.state() != Gate(GateSettings()).state()
-    plain = train(guard=guarded(patience=2))
-    plain.load(tmp_path)
-    assert plain.gate is None, "a gate that is off stays off"
+    assert two.alarms.state() == one.alarms.state() != train(**settings).alarms.state()
 
 
 @pytest.mark.parametrize(
@@ -252,37 +277,47 @@ def judged_of(*right: bool | None) -> Judged:
     return Judged(Group(0, Prompt("p", ()), ()), dict.fromkeys(VIEW_NAMES, rows))
 
 
+def counts_of(*right: bool | None) -> dict[str, tuple[float, int]]:
+    return told_apart(judged_of(*right))
+
+
+def test_pairs_are_counted_by_whether_they_are_ordered_rightly():
+    tie = Judged(judged_of().group, dict.fromkeys(VIEW_NAMES, torch.tensor([[0.5, 0.5, 0.0], [2.0, 1.0, 0.0]])))
+    assert told_apart(tie) == dict.fromkeys(VIEW_NAMES, (1.5, 2))
+    assert counts_of(True, False, None) == dict.fromkeys(VIEW_NAMES, (1.0, 2))
+    assert counts_of(None) == counts_of() == dict.fromkeys(VIEW_NAMES, (0.0, 0))
+
+
 def test_the_gate_follows_the_last_groups_weighted_by_their_pairs():
-    gate = Gate(GateSettings(window=2))
+    gate = Gate(GateSettings(window=2), VIEW_NAMES)
     assert set(gate.weights().values()) == {1.0} and gate.accuracy("perception") is None
-    gate.see([judged_of(False), judged_of(False)])
+    gate.see([counts_of(False), counts_of(False)])
     assert set(gate.weights().values()) == {0.0}
-    gate.see([judged_of(True, True, True)])
+    gate.see([counts_of(True, True, True)])
     assert gate.accuracy("reasoning") == 0.75
-    gate.see([judged_of(None, None), judged_of()])
+    gate.see([counts_of(None, None), counts_of()])
     assert gate.accuracy("reasoning") == 0.75, "identical pairs and empty groups say nothing"
-    gate.see([judged_of(True)])
+    gate.see([counts_of(True)])
     assert gate.metrics() == {f"discriminator/gate/{v}": 1.0 for v in VIEW_NAMES} | {
         f"discriminator/gate_accuracy/{v}": 1.0 for v in VIEW_NAMES
     }
 
 
-def test_verdicts_carry_the_gate_that_was_known_before_their_group(train, easy):
-    trainer = train(gate=GateSettings())
-    first = trainer.judge(easy(0))
-    assert trainer.gate
-    trainer.gate.see([judged_of(*[False] * 1000)])
-    second = trainer.judge(easy(1))
-    for judged, weight in ((first, 1.0), (second, 0.0)):
-        for verdict in (v for j in judged for v in j.group.verdicts):
-            assert {f"gate/{view}": weight for view in VIEW_NAMES}.items() <= verdict.parts.items()
-            assert set(verdict.parts) > {f"gate/{view}" for view in VIEW_NAMES}
-    metrics = trainer.learn([j.group for j in first])
-    assert metrics["discriminator/gate/perception"] == 0.0
-    (ungated,) = train().judge(easy(0)[:1])
-    assert not any(name.startswith("gate/") for v in ungated.group.verdicts for name in v.parts)
-    same = [v.reward for v in ungated.group.verdicts]
-    assert [v.reward for v in first[0].group.verdicts] == pytest.approx(same), "the reward is left as it is"
+def test_verdicts_carry_the_gates_weights_and_keep_everything_else(train, easy):
+    (judged, _) = train().judge(easy(0))
+    weighed = gated(judged.group, {"perception": 0.25, "reasoning": 1.0})
+    for before, after in zip(judged.group.verdicts, weighed.verdicts, strict=True):
+        assert after.parts == before.parts | {"gate/perception": 0.25, "gate/reasoning": 1.0}
+        assert replace(after, parts=before.parts) == before
+
+
+def test_a_gate_goes_on_from_its_state():
+    one, two = (Gate(GateSettings(window=3), VIEW_NAMES) for _ in range(2))
+    one.see([counts_of(True, False), counts_of(True)])
+    two.restore(json.loads(json.dumps(one.state())))
+    for gate in (one, two):
+        gate.see([counts_of(False), counts_of(False)])
+    assert two.metrics() == one.metrics() and one.accuracy("reasoning") == pytest.approx(1 / 3)
 
 
 def test_rank_correlation_is_within_groups_and_takes_ties_and_order_for_what_they_are():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_ray.config.discriminator import DiscriminatorSettings
-from prism_ray.discriminator.model import load_discriminator, save_new
+from prism_ray.discriminator.model import load_discriminator, save_discriminator
 from prism_ray.discriminator.objective import (
     ViewPairs,
     calibration_error,
@@ -100,7 +100,8 @@ def test_debiasing_counts_in_scoring_as_in_training_by_the_views_own_tokens(buil
 
 
 def test_a_judge_trained_with_another_debiasing_is_refused(build, tiny_folder, tmp_path, settings):
-    save_new(build(), tmp_path, like=tiny_folder)
+    model = build()
+    save_discriminator(dict(model.named_parameters()), model, tmp_path, like=tiny_folder)
     with pytest.raises(ValueError, match="length_debias is 1.0 but .* was trained with 0.0"):
         load_discriminator(tmp_path, settings.model_copy(update={"length_debias": 1.0}))
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.probes import (
     PROBES,
     CanaryBreach,
@@ -27,8 +28,9 @@ from prism_ray.discriminator.probes import (
     worst_pairs,
 )
 from prism_ray.discriminator.scorer import group_views, judge
-from prism_ray.discriminator.segments import VIEW_NAMES
 from prism_ray.models.encode import Encoder
+
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
 
 
 def pairs_of(sides, repeat: int = 12) -> list[ProbePair]:
@@ -189,7 +191,7 @@ def test_an_examination_holds_accuracy_calibration_probes_and_the_worst_pairs(bu
         assert f"discriminator/probe/format/{view}" in found.metrics
     assert found.warnings == shortcut_warnings(found.metrics, 0.05)
     judged = judge(model, encoder, groups, 0)
-    assert found.worst == [row for view in VIEW_NAMES for row in worst_pairs(judged, view, 3)]
+    assert found.worst == [row for view in DEFAULT_VIEWS for row in worst_pairs(judged, view, 3)]
 
 
 def test_the_worst_pairs_are_wrong_ordered_and_say_which_they_are(build, encoder, group_of, response):
@@ -200,10 +202,10 @@ def test_the_worst_pairs_are_wrong_ordered_and_say_which_they_are(build, encoder
     reference = response(" red one two three", " max", " one")
     groups = [group_of(i, reference, "broken", response(" red"), reference, response(" red one")) for i in range(3)]
     judged = judge(model, encoder, groups, 0)
-    rows = worst_pairs(judged, "perception", 4)
+    rows = worst_pairs(judged, DEFAULT_VIEWS[0], 4)
     gaps = [row["gap"] for row in rows]
     assert len(rows) == 4 and gaps == sorted(gaps) and gaps[-1] < 0, "a shorter caption is likelier"
-    assert len(worst_pairs(judged, "perception", 100)) == 6, "neither the identical nor the invalid ones"
+    assert len(worst_pairs(judged, DEFAULT_VIEWS[0], 100)) == 6, "neither the identical nor the invalid ones"
     first = rows[0]
     group = next(g for g in groups if g.id == first["group_id"])
     verdict = next(j.group for j in judged if j.group.id == group.id).verdicts[first["rollout"]]

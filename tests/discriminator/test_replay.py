@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from prism_ray.config.discriminator import ReplaySettings
-from prism_ray.discriminator.pairs import pair_units, replayed_units
+from prism_ray.config.views import DEFAULT_VIEWS
+from prism_ray.discriminator.pairs import all_units, pair_units
 from prism_ray.discriminator.replay import REPLAY_FILE, Replay
 from prism_ray.discriminator.scorer import group_views, score_sequences
-from prism_ray.discriminator.segments import VIEW_NAMES
 from prism_ray.records import Group, Prompt, Rollout
+
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
 
 HALF = ReplaySettings(share=0.5)
 
@@ -85,6 +87,22 @@ def test_a_saved_buffer_goes_on_as_the_one_that_was_saved(tmp_path):
     assert [r.oldest_version for g in two for r in g.rollouts] == [r.oldest_version for g in one for r in g.rollouts]
 
 
+def test_what_several_ranks_saved_is_dealt_out_to_another_number_of_them(tmp_path):
+    for rank in range(2):
+        replay = Replay(30, seed=rank)
+        replay.add([group(10 * rank + i) for i in range(3)])
+        replay.save(tmp_path, rank)
+    same, alone, many = Replay(30, 0), Replay(30, 0), [Replay(30, 0) for _ in range(3)]
+    same.load(tmp_path, 1, 2)
+    assert {text.split(".")[0] for text in everything(same)} == {"text 10", "text 11", "text 12"}
+    alone.load(tmp_path, 0, 1)
+    assert len(alone) == 24
+    for rank, replay in enumerate(many):
+        replay.load(tmp_path, rank, 3)
+    assert sorted(t for replay in many for t in everything(replay)) == sorted(everything(alone))
+    assert {len(replay) for replay in many} == {8}
+
+
 def test_a_checkpoint_without_a_buffer_leaves_it_empty(tmp_path):
     replay = Replay(30, seed=0)
     replay.add([group(0)])
@@ -127,7 +145,7 @@ def test_a_replayed_pair_weighs_as_much_as_a_new_one(train, batch, encoder):
     for view in VIEW_NAMES:
         old = trainer.replay.draw(4, 0.5, trainer.version)
         units = pair_units(group_views(batch(4), encoder, trainer.settings), 2)
-        units += replayed_units(group_views(old, encoder, trainer.settings))
+        units += all_units(group_views(old, encoder, trainer.settings), "replay")
         gaps = []
         with torch.no_grad():
             for unit in units:
@@ -159,7 +177,7 @@ def test_a_trainer_goes_on_with_the_replay_it_saved(train, batch, tmp_path):
     found.pop("discriminator/canary_gap")  # looked at anew by every process
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found["discriminator/replay/share"] == 0.5
-    (tmp_path / REPLAY_FILE).unlink()
+    (tmp_path / REPLAY_FILE.format(0)).unlink()
     two.load(tmp_path)
     assert two.learn(batch(3))["discriminator/replay/share"] == 0.0
 

@@ -8,11 +8,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.scorer import BadReference, group_views
-from prism_ray.discriminator.segments import VIEW_NAMES, distinct, judged_batch, judged_batches, view_sequences
+from prism_ray.discriminator.segments import distinct, judged_batch, judged_batches, view_sequences
 from prism_ray.response import render
 
-PARTS = st.text(alphabet=" red1\n.é", max_size=40)
+VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
+
+PARTS = st.text(alphabet=" red1\n.é", max_size=40).filter(str.strip)
 
 
 @pytest.fixture
@@ -48,8 +51,8 @@ def test_every_sequence_ends_in_the_end_token_and_holds_its_view(encoder, prompt
     )
 
 
-def test_without_context_the_caption_is_not_in_the_reasoning(encoder, prompt, response, settings):
-    alone = settings.model_copy(update={"reasoning_context": "none"})
+def test_without_context_the_caption_is_not_in_the_reasoning(encoder, prompt, response, settings, in_context):
+    alone = in_context(settings, "none")
     one, two = (view_sequences(prompt, response(caption=c), encoder, alone) for c in (" red", " blue two"))
     assert one.sequences["reasoning"].token_ids == two.sequences["reasoning"].token_ids
     assert one.sequences["perception"].token_ids != two.sequences["perception"].token_ids

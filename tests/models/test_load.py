@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from prism_ray.models import load
 from prism_ray.models.batch import Sample, collate
 from prism_ray.models.encode import Encoder
-from prism_ray.models.load import load_policy, save_policy, save_weights
+from prism_ray.models.load import copy_policy, load_policy, save_policy, save_weights
 from prism_ray.models.logprobs import response_logprobs
 
 
@@ -58,6 +58,16 @@ def test_shards_of_an_earlier_export_do_not_stay_behind(policy_folder, tmp_path,
     save_policy(model, tmp_path / "out", like=policy_folder)
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
     assert torch.equal(load_policy(tmp_path / "out").lm_head.weight, model.lm_head.weight)
+
+
+def test_a_copied_policy_is_the_same_and_nothing_stays_behind(dense_folder, moe_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "SHARD_SIZE", "1MB")
+        save_policy(load_policy(moe_folder), tmp_path / "out", like=moe_folder)
+    copy_policy(dense_folder, tmp_path / "out")
+    copied, source = (load_policy(folder).state_dict() for folder in (tmp_path / "out", dense_folder))
+    assert copied.keys() == source.keys() and all(torch.equal(copied[n], source[n]) for n in source)
+    assert len(list((tmp_path / "out").glob("*.safetensors*"))) == 1
 
 
 def test_saving_leaves_the_model_as_it_was(dense_folder, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.models.tiny import build_tiny
 from prism_ray.response import locate, parse, piece_table
 
@@ -52,7 +53,7 @@ def test_tags_are_ordinary_tokens_and_views_can_be_located(tokenizer):
     ids = tokenizer(RESPONSE).input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == RESPONSE
     pieces = piece_table(tokenizer)
-    located = locate([pieces[i] for i in ids])
+    located = locate([pieces[i] for i in ids], DEFAULT_VIEWS)
     assert located.parts == parse(RESPONSE).parts
     low, high = located.spans["perception"]
     assert tokenizer.decode(ids[low:high]) == "<caption> A red 8 B blue 2</caption>"
