@@ -31,6 +31,7 @@ from PIL import Image
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.learner.engine import TrainEngine, init_process_group
 from prism_ray.learner.policy import trainable_policy
 from prism_ray.learner.step import Recipe, update
@@ -163,7 +164,7 @@ def rank_main(rank: int, port: int, options: argparse.Namespace, folder: str, re
     policy = options.policy or folder
     encoder = Encoder(policy, 100_000)
     groups = make_groups(encoder, options.groups, options.group_size, options.response, options.side)
-    work = prepare(groups[rank :: options.ranks], encoder)
+    work = prepare(groups[rank :: options.ranks], encoder, DEFAULT_VIEWS)
     engine = TrainEngine(trainable_policy(policy, settings), settings)
     recipe = Recipe(
         RECIPE.advantage, RECIPE.objective, RECIPE.correction, micro_batch_tokens=options.micro_batch_tokens

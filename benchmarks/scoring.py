@@ -77,10 +77,12 @@ def unlike(sequences: Sequences, encoder: Encoder, times: int) -> Sequences:
     found = []
     for first, second in zip(sequences[::2], sequences[1::2], strict=True):
         context: tuple[int, ...] = ()
+        labels: tuple[int, ...] = ()
         for sequence in (first, second):
             own = rng.choice(allowed, times * (sequence.stop - sequence.start)).tolist()
-            ids = (*context, *own, encoder.end_id)
-            found.append(ViewSequence(sequence.prompt, sequence.view, ids, len(context), len(ids) - 1))
+            ids, labels = (*context, *own, encoder.end_id), (*labels, *[sequence.row] * len(own))
+            ends = {"start": len(context), "stop": len(ids) - 1}
+            found.append(replace(sequence, token_ids=ids, labels=(*labels, sequence.row), **ends))
             context = ids[:-1]
     return found
 

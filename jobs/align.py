@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prism_ray.config.cli import parse_job
 from prism_ray.config.run import RunSettings
+from prism_ray.report.incidents import reason
 from prism_ray.report.progress import setup_logging
 from prism_ray.report.summary import read_summary
 from prism_ray.report.table import print_evaluation
@@ -52,19 +53,11 @@ def main(argv: list[str]) -> int:
         return 2
     except Exception as error:
         logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(_reason(error), file=sys.stderr)
+        print(reason(error), file=sys.stderr)
         return 1
     print_evaluation(read_summary(folder)["evaluation"])
     print(f"done: {folder / 'summary.json'} and {folder / 'report.html'}")
     return 0
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong on one line; of an error in an actor its own words, without Ray's traceback before them."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 if __name__ == "__main__":

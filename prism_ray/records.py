@@ -5,6 +5,7 @@ Arrays are numpy, so that Ray's object store hands them out without a copy and t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,9 +119,9 @@ class Ticket:
     """A group on its way: first a prompt (`ref` holds a `Prompt`), then its rollouts, then judged (a `Group`).
 
     `id` is the submission number, unique in a run; `position` is the prompt's place in the stream (epoch and row, as
-    the stream counts them); `oldest_version` the policy version of the group's oldest token; `tokens` the number of
-    response tokens, `total_tokens` those and the prompt's (what a learner computes); `stats` small numbers for the
-    metrics.
+    the stream counts them); `oldest_version` the policy version of the group's oldest token, `judge_version` the
+    oldest discriminator version among its verdicts; `tokens` the number of response tokens, `total_tokens` those and
+    the prompt's (what a learner computes); `stats` small numbers for the metrics.
     """
 
     id: int
@@ -128,6 +129,12 @@ class Ticket:
     position: int
     ref: Any
     oldest_version: int = 0
+    judge_version: int = 0
     tokens: int = 0
     total_tokens: int = 0
     stats: dict[str, float] = field(default_factory=dict)
+
+
+Ratios = Mapping[int, Sequence[float]]
+"""Per group id and rollout: how much likelier the rollout is under the learner's policy than under what sampled it,
+the geometric mean over its tokens."""

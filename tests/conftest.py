@@ -10,6 +10,7 @@ import ray
 def cluster():
     environments = str(Path(__file__).parent / "verify")  # test_verifier_pool's faulty environments
     ray.init(
+        address="local",  # else it would join whatever cluster somebody left on this machine
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=300 * 2**20,

@@ -20,13 +20,15 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 @dataclass(frozen=True)
 class Field:
-    """One field by its full dotted name; `section` is whether it only holds further settings."""
+    """One field by its full dotted name; `section` is whether it only holds further settings, `item` what it is a list
+    of, if of settings."""
 
     name: str
     type: str
     default: Any
     doc: str
     section: bool
+    item: type[Settings] | None = None
 
 
 def nested(annotation: Any) -> list[type[Settings]]:
@@ -67,7 +69,7 @@ def fields(cls: type[Settings], prefix: str = "") -> Iterator[Field]:
     for key, info in cls.model_fields.items():
         inner = nested(info.annotation)
         doc = " ".join((info.description or "").split())
-        yield Field(prefix + key, _full_type(info), default_of(info), doc, bool(inner))
+        yield Field(prefix + key, _full_type(info), default_of(info), doc, bool(inner), _item(info.annotation))
         for inner_cls in inner:
             yield from fields(inner_cls, f"{prefix}{key}.")
 
@@ -82,11 +84,27 @@ def describe(cls: type[Settings]) -> str:
                 lines.append("    unset by default; set it as a whole or field by field")
         else:
             lines.append(f"  {field.name}: {field.type} = {_shown(field.default)}")
-            lines += textwrap.wrap(field.doc, 110, initial_indent="      ", subsequent_indent="      ")
+            lines += _wrapped(field.doc, "      ")
+            for inner in fields(field.item) if field.item else ():
+                lines.append(f"      - {inner.name}: {inner.type} = {_shown(inner.default)}")
+                lines += _wrapped(inner.doc, "          ")
     return "\n".join(lines).strip("\n")
 
 
+def _item(annotation: Any) -> type[Settings] | None:
+    """The settings class that a list or tuple of this annotation holds."""
+    if typing.get_origin(annotation) not in (list, tuple):
+        return None
+    return next(iter(nested(typing.get_args(annotation)[0])), None)
+
+
+def _wrapped(doc: str, indent: str) -> list[str]:
+    return textwrap.wrap(doc, 110, initial_indent=indent, subsequent_indent=indent)
+
+
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple) and default and isinstance(default[0], Settings):
+        return ", ".join(str(item) for item in default)
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
     return "''" if default == "" else str(default)

@@ -120,6 +120,10 @@ class LearnerSettings(OptimiserSettings):
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for a rank (start, update, checkpoint, collective) before the run fails and names it."""
 
+    heartbeat_s: float = Field(default=30.0, gt=0)
+    """A rank that answers no ping for so long hangs and counts as dead: the stage goes on from its last checkpoint with
+    a new group. Ranks answer while they compute; only a machine that swaps or an import that blocks takes seconds."""
+
     max_skipped: int = Field(default=5, ge=0)
     """Updates in a row that may be skipped because their gradient is not finite, before the run fails. One bad batch
     passes by; a policy that has become NaN would otherwise skip to the end and look like a finished run."""

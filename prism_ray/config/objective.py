@@ -57,11 +57,8 @@ class AdvantageSettings(Settings):
     credit: Literal["all_tokens", "per_view"] | None = None
     """`per_view` gives a view's advantage to that view's tokens only, so that a good caption is not blamed for a wrong
     answer; `all_tokens` broadcasts the combined advantage, as the published code does. None: per_view for
-    `bounded_views`, all_tokens for the others."""
-
-    view_weights: dict[str, float] = Field(default={"perception": 0.5, "reasoning": 0.5}, min_length=1)
-    """Share of each view in the combined advantage (the paper's alpha); with `per_view` a view's own tokens get
-    (number of views x its weight) times its advantage, so that the mean over views is the combined advantage."""
+    `bounded_views`, all_tokens for the others. With `per_view` a view's tokens get (number of views x its share by
+    `discriminator.views`) times its advantage, so that the mean over views is the combined advantage."""
 
     temperature: float = Field(default=3.0, gt=0)
     """`bounded_views` only: reward = sigmoid((score - reference score) / temperature); bounds what one outlying score

@@ -19,6 +19,10 @@ class LoopSettings(Settings):
     max_staleness: int = Field(default=1, ge=0)
     """Most optimiser steps between a rollout's oldest token and the update it trains. 0 is synchronous training; 1
     lets generation and learning overlap; larger values only help when generation times vary widely."""
+    max_judge_lag: int = Field(default=4, ge=0)
+    """Most discriminator updates between the weights that scored a group and those that are trained beside it; a group
+    that waited longer is scored anew, which costs a hundredth of sampling it anew. With as many discriminator updates
+    as policy updates it stays below `max_staleness` + 2. A verifier has no versions."""
     stall_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds the learner waits without any group arriving before the run fails, saying what it was waiting for; must
     exceed the longest time a group can take."""
@@ -41,6 +45,17 @@ class JournalSettings(Settings):
     fsync: bool = False
     """Wait for the disk at each append. Off: an operating-system crash may cost the last seconds of rollouts, which
     are then generated again; a killed process costs nothing either way."""
+    keep: bool = False
+    """Keep every segment, and note which groups trained which update, so that `jobs/replay.py` can train on them again.
+    Off: the disk holds only what no checkpoint has consumed."""
+    salvage: bool = False
+    """Go on without the records that a damaged disk has changed, and sample their prompts again. Off: the run fails
+    and names the file and the byte, because damage that nobody knows of spreads."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for the journal's actor to write a group, or to read what a killed run left, before the run fails
+    and names it."""
+    heartbeat_s: float = Field(default=30.0, gt=0)
+    """A journal's actor that answers no ping for so long hangs: it is replaced, and asked again."""
 
 
 class ClusterSettings(Settings):
@@ -55,3 +70,11 @@ class ClusterSettings(Settings):
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
     pending_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing."""
+    max_recoveries: int = Field(default=3, ge=0)
+    """How many times in a row a stage may be taken up again from one checkpoint after a learner rank or the judge's
+    trainer was lost; the next checkpoint starts the count anew. What dies every time (out of memory) should fail, not
+    go round in circles."""
+    stop_grace_s: float = Field(default=120.0, ge=0)
+    """Seconds a stage has to save its state and end after Ctrl-C or SIGTERM; then it is ended as it is, and the next
+    run goes on from its last checkpoint. Must hold one update and one checkpoint, and stay below what a scheduler
+    grants before it kills."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prism_ray.config.objective import VIEW_ESTIMATORS, AdvantageSettings
+from prism_ray.config.views import ViewSettings, shares_of
 
 EPS = 1e-6
 
@@ -45,13 +46,16 @@ class Advantages:
     views: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def estimate(judged: Judged, settings: AdvantageSettings, max_response_tokens: int) -> Advantages:
-    """Advantages of N responses under `settings`; `max_response_tokens` places the overlong zone.
+def estimate(
+    judged: Judged, settings: AdvantageSettings, max_response_tokens: int, views: Sequence[ViewSettings]
+) -> Advantages:
+    """Advantages of N responses under `settings`; `max_response_tokens` places the overlong zone, `views` say what was
+    judged and weigh it.
 
-    Raises ValueError if a view the settings weigh has no scores, or a valid response's score or reward is not finite.
+    Raises ValueError if a view has no scores, or a valid response's score or reward is not finite.
     """
     if settings.estimator in VIEW_ESTIMATORS:
-        return _from_views(judged, settings)
+        return _from_views(judged, settings, shares_of(views))
     _require_finite("rewards", judged.rewards_N, torch.ones_like(judged.valid_N, dtype=torch.bool))
     rewards_N = judged.rewards_N
     if settings.overlong_share:
@@ -241,9 +245,9 @@ def _shifted(values_BT: Tensor, last_BT: Tensor, bootstrap_B: Tensor) -> Tensor:
     return torch.where(last_BT, bootstrap_B[:, None], next_BT)
 
 
-def _from_views(judged: Judged, settings: AdvantageSettings) -> Advantages:
+def _from_views(judged: Judged, settings: AdvantageSettings, weights: Mapping[str, float]) -> Advantages:
     offset, penalty = settings.invalid
-    weights, valid_N, groups_N = settings.view_weights, judged.valid_N, judged.group_ids_N
+    valid_N, groups_N = judged.valid_N, judged.group_ids_N
     for view in weights:
         _require_scores("scores", view, judged.scores, valid_N)
     if settings.estimator == "prism_paper":
@@ -276,7 +280,7 @@ def _penalised(advantage_N: Tensor, valid_N: Tensor, penalty: float) -> Tensor:
 
 def _require_scores(name: str, view: str, scores: Mapping[str, Tensor], valid_N: Tensor) -> None:
     if view not in scores:
-        raise ValueError(f"{name} has no view {view!r}, which advantage.view_weights names; have {sorted(scores)}")
+        raise ValueError(f"{name} has no view {view!r}, which discriminator.views names; have {sorted(scores)}")
     _require_finite(f"{name}[{view!r}]", scores[view], valid_N)
 
 

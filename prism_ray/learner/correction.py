@@ -59,6 +59,13 @@ def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return sequence_sum(values_BT, mask_BT) / mask_BT.bool().sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def sequence_ratio(current_BT: Tensor, behaviour_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Geometric mean over each row's tokens of current/behaviour, [B]: how much likelier a response has become since it
+    was sampled. 1 for a row without a usable token; the log is clamped to +-20."""
+    mask_BT = usable_tokens(behaviour_BT, mask_BT) & torch.isfinite(current_BT)
+    return _exp(sequence_mean(log_ratio(current_BT, behaviour_BT, mask_BT), mask_BT))[:, 0]
+
+
 def correction_weights(
     proximal_BT: Tensor, behaviour_BT: Tensor, mask_BT: Tensor, settings: CorrectionSettings
 ) -> Weights:

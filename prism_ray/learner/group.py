@@ -11,12 +11,11 @@ import math
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.learner.engine import TrainEngine, init_process_group
@@ -26,8 +25,9 @@ from prism_ray.learner.work import prepare
 from prism_ray.models.encode import Encoder
 from prism_ray.models.load import save_weights
 from prism_ray.models.packing import balance
-from prism_ray.records import Group
+from prism_ray.records import Group, Ratios
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP, Lost, Watched
 
 TAG = "policy"
 
@@ -35,12 +35,19 @@ log = logging.getLogger(__name__)
 
 
 class LearnerRank:
-    """One process of the group: a part of every batch, and (by ZeRO stage) a part of the optimiser's state."""
+    """One process of the group: a part of every batch, and (by ZeRO stage) a part of the optimiser's state.
+
+    All methods but `alive` run in one thread, one after the other.
+    """
 
     def __init__(self, rank: int, folder: str, settings: LearnerSettings, recipe: Recipe, max_prompt_tokens: int):
         torch.set_num_threads(max(1, math.ceil(settings.cpus_per_rank)))
         self.rank, self.folder, self.settings, self.recipe = rank, folder, settings, recipe
         self.encoder = Encoder(folder, max_prompt_tokens)
+
+    @ray.method(concurrency_group=HEALTH)
+    def alive(self) -> None:
+        """Answers, also while the rank computes."""
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this machine, and a port that was free a moment ago."""
@@ -61,7 +68,7 @@ class LearnerRank:
     def update(self, refs: list[Any], version: int) -> Outcome:
         """This rank's share of an update, given as references to groups."""
         groups: list[Group] = ray.get(refs, timeout=self.settings.timeout_s)
-        work = prepare(groups, self.encoder)
+        work = prepare(groups, self.encoder, self.recipe.views)
         return update(self.engine, work, self.recipe, version, self.encoder.banned_ids, self.reference)
 
     def weights(self) -> tuple[dict[str, np.ndarray], bool]:
@@ -87,16 +94,23 @@ class LearnerRank:
             save_weights(weights, folder, like=self.folder)
 
 
+LEARNER_ACTOR: Any = cast(Any, ray.remote)(concurrency_groups=HEALTH_GROUP)(LearnerRank)
+
+
 class LearnerGroup:
     """The policy's trainer (`Learner` of runtime/protocols.py), with checkpoints and export.
 
-    Every wait is limited by `settings.timeout_s`; then TimeoutError names the ranks that did not answer. A rank that
-    died is a RuntimeError that names it.
+    Every wait is limited by `settings.timeout_s`; then TimeoutError names a rank that did not answer. A rank that died
+    or hangs is `Lost`: what the group held is gone, and another must be made from a checkpoint.
     """
 
     def __init__(self, ranks: list[Any], settings: LearnerSettings) -> None:
         self.ranks, self.settings = ranks, settings
+        self._watched = [
+            Watched(f"learner rank {number}", rank, settings.heartbeat_s) for number, rank in enumerate(ranks)
+        ]
         self._skipped = self._skipped_in_a_row = 0
+        self._ratios: Ratios = {}
 
     @classmethod
     async def create(
@@ -110,14 +124,15 @@ class LearnerGroup:
     ) -> LearnerGroup:
         """Start the ranks on the policy in `folder`; `actor_options` go to Ray (placement, names)."""
         options = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank} | actor_options
-        remote = ray.remote(LearnerRank).options(**options)
+        actor = LEARNER_ACTOR.options(**options)
         made = [
-            remote.remote(rank, _absolute(folder), settings, recipe, max_prompt_tokens)
-            for rank in range(settings.ranks)
+            actor.remote(rank, _absolute(folder), settings, recipe, max_prompt_tokens) for rank in range(settings.ranks)
         ]
         group = cls(made, settings)
         try:
             host, port = (await group._wait("start", [rank.address.remote() for rank in made]))[0]
+            for watched in group._watched:
+                watched.begin()
             await group._all("connect", host, port, total_steps)
         except BaseException:
             group.shutdown()
@@ -137,6 +152,7 @@ class LearnerGroup:
         ]
         outcomes = await self._wait("update", calls)
         metrics = figures(outcomes)
+        self._ratios = {group: ratios for outcome in outcomes for group, ratios in outcome.ratios.items()}
         self._count_skipped(outcomes, version)
         metrics["policy/skipped_total"] = float(self._skipped)
         metrics["staleness/max"] = float(max(version - ticket.oldest_version for ticket in tickets))
@@ -160,10 +176,14 @@ class LearnerGroup:
                 f"{self.settings.max_skipped}){whose}{more}; lower learner.lr, or look at those trajectories"
             )
 
+    def ratios(self) -> Ratios:
+        """Of the last update's groups: current / behaviour of every rollout, before the step."""
+        return self._ratios
+
     async def weights(self) -> Any:
         """A reference to `dict[str, np.ndarray]`, by the policy's own parameter names, whole."""
         calls = [rank.weights.options(num_returns=2).remote() for rank in self.ranks]
-        await self._wait("weights", [done for _, done in calls])
+        await self._wait("give its weights", [done for _, done in calls])
         return calls[0][0]
 
     async def save(self, folder: str | Path) -> None:
@@ -180,6 +200,8 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """End the actors; safe to call twice."""
+        for watched in self._watched:
+            watched.close()
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
@@ -189,21 +211,42 @@ class LearnerGroup:
 
     async def _wait(self, what: str, calls: list[Any]) -> list[Any]:
         """The results of one call for each rank."""
-        tasks = [asyncio.wrap_future(call.future()) for call in calls]
-        done, _ = await asyncio.wait(tasks, timeout=self.settings.timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for rank, task in enumerate(tasks):
-            if task in done and isinstance(task.exception(), RayActorError):
-                raise RuntimeError(f"learner rank {rank} died during {what}; its log says why") from task.exception()
-        for task in done:
-            task.result()
-        late = [str(rank) for rank, task in enumerate(tasks) if task not in done]
-        if late:
+        limit = self.settings.timeout_s
+        tasks = [
+            asyncio.create_task(watched.answer(call, what, limit))
+            for watched, call in zip(self._watched, calls, strict=True)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        except TimeoutError as error:
             raise TimeoutError(
-                f"learner rank {', '.join(late)} did not finish {what} within learner.timeout_s = "
-                f"{self.settings.timeout_s:g} s; does the cluster grant {self.settings.ranks} x "
+                f"{error} (learner.timeout_s); does the cluster grant {self.settings.ranks} x "
                 f"{self.settings.cpus_per_rank:g} CPUs and {self.settings.gpus_per_rank:g} GPUs?"
-            )
-        return [task.result() for task in tasks]
+            ) from error
+        except Exception as error:
+            if lost := await self._lost(error, tasks):
+                raise lost from error
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _lost(self, error: Exception, tasks: list[asyncio.Task[Any]]) -> Lost | None:
+        """The loss of another rank behind this error: those that compute with it fail first, in their collective."""
+        if isinstance(error, Lost):
+            return None
+        try:
+            async with asyncio.timeout(2 * self.settings.heartbeat_s):
+                for done in asyncio.as_completed(tasks):
+                    try:
+                        await done
+                    except Lost as lost:
+                        return lost
+                    except Exception:  # of another rank that missed the lost one, or this very error
+                        continue
+        except TimeoutError:
+            pass
+        return None
 
 
 def _absolute(folder: str | Path) -> str:

@@ -7,7 +7,7 @@ because a batch gets exactly one optimiser step, and it saves a whole forward pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +20,15 @@ from prism_ray.config.objective import (
     check_kl,
     check_together,
 )
-from prism_ray.learner.correction import needs_proximal_forward, usable_tokens
+from prism_ray.config.views import DEFAULT_VIEWS, ViewSettings
+from prism_ray.learner.correction import needs_proximal_forward, sequence_ratio, usable_tokens
 from prism_ray.learner.diagnostics import merge, summarise
 from prism_ray.learner.kl import kl_estimate
 from prism_ray.learner.objective import Denominators, PolicyBatch, count_denominators, count_weights, policy_loss
 from prism_ray.learner.work import Means, Work
 from prism_ray.models.batch import Batch, shared_microbatch_count, shared_microbatches
 from prism_ray.models.logprobs import response_logprobs
+from prism_ray.records import Ratios
 
 ReferencePolicy = Callable[[Batch], Tensor]
 """Log-probs [B, R] of a batch's responses under a frozen policy, sampled as ours; without gradient."""
@@ -47,13 +49,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the policy's loss is made of. `temperature` is the one the rollouts were sampled with."""
+    """What the policy's loss is made of. `temperature` is the one the rollouts were sampled with, `views` are what the
+    judge judges."""
 
     advantage: AdvantageSettings
     objective: ObjectiveSettings
     correction: CorrectionSettings
     temperature: float = 1.0
     micro_batch_tokens: int = 4096
+    views: tuple[ViewSettings, ...] = DEFAULT_VIEWS
 
     def __post_init__(self) -> None:
         check_together(self.objective, self.correction)
@@ -64,7 +68,8 @@ class Recipe:
 class Outcome:
     """What one rank's share of an update was: diagnostic sums, means, and the optimiser's report.
 
-    `suspects` name the trajectories whose log-probs or their gradients were not finite.
+    `suspects` name the trajectories whose log-probs or their gradients were not finite; `ratios` are those of the
+    groups before the step.
     """
 
     sums: dict[str, float]
@@ -73,6 +78,7 @@ class Outcome:
     lr: float
     skipped: bool
     suspects: tuple[str, ...] = ()
+    ratios: Ratios = field(default_factory=dict)
 
 
 def update(
@@ -105,7 +111,7 @@ def update(
     means["learner/packing_efficiency"] = share.efficiency()
     flat = {name: float(value) for name, value in merge(sums).items()}
     suspects = share.suspects() if report.skipped else ()
-    return Outcome(flat, means, report.grad_norm, report.lr, report.skipped, suspects)
+    return Outcome(flat, means, report.grad_norm, report.lr, report.skipped, suspects, share.ratios())
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -142,6 +148,7 @@ class _Share:
         self.missing = max(0, most - len(cut))
         """Forward passes without samples that this rank owes the others."""
         self._not_finite: list[tuple[list[int], Tensor]] = []
+        self._ratios: list[tuple[list[int], Tensor]] = []
 
     def score(self, batch: Batch, **more: Any) -> tuple[Tensor, Any]:
         """Log-probs of a batch under the engine's module, as the rollouts' sampling defines them."""
@@ -174,6 +181,8 @@ class _Share:
         logp_BR, entropy_BR = self._score_with_entropy(self.batches[index])
         self._watch(logp_BR, self.batches[index].indices)
         inputs = self._policy_batch(index, logp_BR, entropy_BR)
+        ratio_B = sequence_ratio(logp_BR.detach(), inputs.behaviour_BT, inputs.mask_BT)
+        self._ratios.append((self.batches[index].indices, ratio_B))
         loss, sums = policy_loss(inputs, self._denominators, self.recipe.objective, self.recipe.correction)
         return loss, sums, float(entropy_BR.detach().sum())
 
@@ -186,6 +195,16 @@ class _Share:
         """The trajectories whose log-probs, or the gradients with respect to them, were not finite."""
         rows = {indices[i] for indices, bad_B in self._not_finite for i in bad_B.nonzero().flatten().tolist()}
         return tuple(self.work.names[row] for row in sorted(rows))
+
+    def ratios(self) -> Ratios:
+        """How much likelier each rollout is under the policy before this step than under what sampled it."""
+        ratio_N = torch.ones(len(self.work.samples))
+        for indices, ratio_B in self._ratios:
+            ratio_N[indices] = ratio_B.cpu()
+        by_group: dict[int, list[float]] = {}
+        for group, ratio in zip(self.work.judged.group_ids_N.tolist(), ratio_N.tolist(), strict=True):
+            by_group.setdefault(group, []).append(ratio)
+        return by_group
 
     def efficiency(self) -> tuple[float, float]:
         """Tokens this rank computed, and those it could have computed while it was kept busy or waiting: the largest

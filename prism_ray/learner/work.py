@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prism_ray.config.objective import AdvantageSettings
+from prism_ray.config.views import ViewSettings
 from prism_ray.learner.advantages import Judged, credit_tokens, estimate
 from prism_ray.models.batch import Sample
 from prism_ray.models.encode import EncodedPrompt, Encoder
@@ -25,8 +26,8 @@ class Work:
     """N responses to learn from.
 
     Per response token [N, R]: the behaviour log-prob, and the policy version that sampled it; `mask_NR` marks real
-    tokens. `judged` is what the judge said, `spans` where each response's views lie; `names` say which trajectory a
-    row is.
+    tokens. `judged` is what the judge said of the `views`, `spans` where each response's lie; `names` say which
+    trajectory a row is.
     """
 
     samples: list[Sample]
@@ -35,6 +36,7 @@ class Work:
     versions_NR: Tensor
     mask_NR: Tensor
     judged: Judged
+    views: tuple[ViewSettings, ...]
     spans: list[dict[str, tuple[int, int]]]
     means: Means
 
@@ -43,11 +45,12 @@ class Work:
         judged = self.judged
         if penalty_N is not None:
             judged = replace(judged, rewards_N=judged.rewards_N - penalty_N.to(judged.rewards_N.dtype))
-        return credit_tokens(estimate(judged, settings, max_response_tokens), self.spans, judged.lengths_N.tolist())
+        advantages = estimate(judged, settings, max_response_tokens, self.views)
+        return credit_tokens(advantages, self.spans, judged.lengths_N.tolist())
 
 
-def prepare(groups: Sequence[Group], encoder: Encoder) -> Work:
-    """The groups' rollouts as samples, in the order of the groups.
+def prepare(groups: Sequence[Group], encoder: Encoder, views: Sequence[ViewSettings]) -> Work:
+    """The groups' rollouts as samples, in the order of the groups; `views` are those that the judge judges.
 
     Raises ValueError for an empty batch, a group without verdicts, or one whose engine saw other prompt tokens than the
     learner will (then no log-prob would be comparable).
@@ -66,8 +69,9 @@ def prepare(groups: Sequence[Group], encoder: Encoder) -> Work:
         behaviour_NR=_padded([r.logp.astype(np.float32) for r in rollouts]),
         versions_NR=_padded([r.versions.astype(np.int64) for r in rollouts]),
         mask_NR=torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
-        judged=_judged([g.id for g, *_ in rows], verdicts, lengths),
-        spans=[locate([encoder.pieces[i] for i in r.token_ids]).spans for r in rollouts],
+        judged=_judged([g.id for g, *_ in rows], verdicts, lengths, views),
+        views=tuple(views),
+        spans=[locate([encoder.pieces[i] for i in r.token_ids], views).spans for r in rollouts],
         means=_reward_means(groups, rollouts, verdicts),
     )
 
@@ -82,8 +86,12 @@ def _check(group: Group, prompt: EncodedPrompt, rollout: Rollout) -> None:
         raise ValueError(f"group {group.id}: a rollout's token_ids, logp and versions differ in length")
 
 
-def _judged(group_ids: list[int], verdicts: list[Verdict], lengths: list[int]) -> Judged:
+def _judged(
+    group_ids: list[int], verdicts: list[Verdict], lengths: list[int], wanted: Sequence[ViewSettings]
+) -> Judged:
     views = sorted({view for v in verdicts if v.valid for view in v.scores})
+    if not any(v.valid for v in verdicts):  # nothing could be scored, which says nothing about the judge
+        views = [view.name for view in wanted]
 
     def column(of: str, view: str) -> Tensor:
         return torch.tensor([getattr(v, of).get(view, float("nan")) if v.valid else 0.0 for v in verdicts])

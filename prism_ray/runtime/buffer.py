@@ -11,6 +11,7 @@ leaves the set, and the one that takes its place has a later deadline: the set s
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 
 from prism_ray.runtime.protocols import Ticket
@@ -36,6 +37,10 @@ class Buffer:
         self.max_staleness = max_staleness
         self._flying: dict[int, _Waiting] = {}
         self._ready: dict[int, tuple[int, Ticket]] = {}
+        # How many of them were submitted at each version: there are as many versions as the bound allows, however many
+        # groups, and `ready_for` is asked at every event.
+        self._flying_from: Counter[int] = Counter()
+        self._ready_from: Counter[int] = Counter()
         self._changed = asyncio.Event()
 
     def start(self, ticket_id: int, version: int) -> None:
@@ -43,21 +48,32 @@ class Buffer:
         if ticket_id in self._flying or ticket_id in self._ready:
             raise ValueError(f"group {ticket_id} was submitted twice")
         self._flying[ticket_id] = _Waiting(version, "generation")
+        self._flying_from[version] += 1
 
     def moved(self, ticket_id: int, phase: str) -> None:
         """The group now waits for something else (for the message of a stall)."""
         self._flying[ticket_id] = _Waiting(self._flying[ticket_id].version, phase)
 
+    def waiting_for(self, phase: str) -> int:
+        """How many groups wait for that."""
+        return sum(waiting.phase == phase for waiting in self._flying.values())
+
     def add(self, ticket: Ticket) -> None:
         """The group is judged and in the journal: it may train."""
-        waiting = self._flying.pop(ticket.id)
+        waiting = self._land(ticket.id)
         self._ready[ticket.id] = (waiting.version, ticket)
+        self._ready_from[waiting.version] += 1
         self._changed.set()
 
     def drop(self, ticket_id: int) -> None:
         """The group will not train; nothing waits for it any more."""
-        del self._flying[ticket_id]
+        self._land(ticket_id)
         self._changed.set()
+
+    def _land(self, ticket_id: int) -> _Waiting:
+        waiting = self._flying.pop(ticket_id)
+        _take_one(self._flying_from, waiting.version)
+        return waiting
 
     def ready_for(self, version: int) -> bool:
         """Whether the batch of this version may train now under the rule above."""
@@ -65,11 +81,15 @@ class Buffer:
             return False
         if not self._flying:
             return True
-        batch = set(self._oldest())
-        left = [w.version for w in self._flying.values()]
-        left += [v for i, (v, _) in self._ready.items() if i not in batch]
-        deadlines = sorted(submitted + self.max_staleness for submitted in left)
-        return all(due <= (d - version) * self.groups_per_step for due, d in enumerate(deadlines, start=1))
+        due, batch = 0, self.groups_per_step
+        for submitted in sorted(self._flying_from.keys() | self._ready_from.keys()):
+            ready = self._ready_from[submitted]
+            training = min(batch, ready)
+            batch -= training
+            due += self._flying_from[submitted] + ready - training
+            if due and due > (submitted + self.max_staleness - version) * self.groups_per_step:
+                return False
+        return True
 
     def _oldest(self) -> list[int]:
         """Ids of the ready groups that would make the next batch: first by version, then by number."""
@@ -88,7 +108,10 @@ class Buffer:
                     await self._changed.wait()
             except TimeoutError:
                 raise StallError(self._describe_stall(version, timeout_s)) from None
-        return [self._ready.pop(i)[1] for i in self._oldest()]
+        taken = [self._ready.pop(i) for i in self._oldest()]
+        for submitted, _ in taken:
+            _take_one(self._ready_from, submitted)
+        return [ticket for _, ticket in taken]
 
     def _describe_stall(self, version: int, timeout_s: float) -> str:
         where: dict[str, list[int]] = {}
@@ -107,3 +130,10 @@ class Buffer:
     @property
     def ready(self) -> int:
         return len(self._ready)
+
+
+def _take_one(counts: Counter[int], version: int) -> None:
+    """Count one less, and forget a version that nothing is left of."""
+    counts[version] -= 1
+    if not counts[version]:
+        del counts[version]

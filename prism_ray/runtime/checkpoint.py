@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from prism_ray.config.runtime import LoopSettings
 from prism_ray.runtime.loop import LoopState
 from prism_ray.runtime.protocols import Prompts, Ticket
 
 _LATEST = "latest.json"
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -33,7 +36,7 @@ def commit(state_folder: Path, state: LoopState) -> None:
     state_folder.mkdir(parents=True, exist_ok=True)
     temporary = state_folder / (_LATEST + ".new")
     with temporary.open("w") as file:
-        json.dump(asdict(state), file)
+        file.write(json.dumps(vars(state)))  # at once: streaming takes many times longer, and the loop waits
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(state_folder / _LATEST)
@@ -65,6 +68,27 @@ def usable(tickets: Iterable[Ticket], version: int, groups_per_step: int, max_st
         if trained_at - ticket.oldest_version <= max_staleness:
             kept.append(ticket)
     return kept
+
+
+class Restoring(Protocol):
+    """What is needed here of the journal's keeper."""
+
+    last_id: int
+
+    async def restore(self, consumed: set[int], version: int) -> list[Ticket]: ...
+    async def resume(self, version: int, used: Iterable[int]) -> None: ...
+
+
+async def take_up(keeper: Restoring, state: LoopState, settings: LoopSettings) -> tuple[list[Ticket], set[int]]:
+    """The journalled groups that a run resumed at `state` trains on, and the stream positions that are used by them or
+    were before. Later resumes will not find the other groups; `state.next_id` is set past all ids that were given."""
+    found = await keeper.restore(set(state.groups), state.version)
+    restored = usable(found, state.version, settings.groups_per_step, settings.max_staleness)
+    await keeper.resume(state.version, [t.id for t in restored])
+    state.next_id = max(state.next_id, keeper.last_id + 1)
+    if state.version or found:
+        log.info("%d of %d judged groups in the journal are used", len(restored), len(found))
+    return restored, {*state.consumed, *(t.position for t in restored)}
 
 
 class Remaining:

@@ -27,6 +27,7 @@ def start(settings: ClusterSettings) -> None:
         ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
+        address="local",  # without it, Ray joins any cluster that `ray start` has left on this machine
         num_cpus=settings.cpus or os.cpu_count(),
         object_store_memory=settings.object_store_mb * 2**20,
         include_dashboard=False,

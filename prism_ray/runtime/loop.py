@@ -15,9 +15,10 @@ With `max_staleness: 0` the gate admits exactly one batch a version and the same
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from prism_ray.config.runtime import LoopSettings
@@ -25,6 +26,8 @@ from prism_ray.runtime.buffer import Buffer
 from prism_ray.runtime.gate import submission_limit
 from prism_ray.runtime.informative import Informative
 from prism_ray.runtime.protocols import Judge, Learner, Prompts, Rollouts, Ticket
+
+log = logging.getLogger(__name__)
 
 
 class Keeper(Protocol):
@@ -46,6 +49,12 @@ class LoopState:
     consumed: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
 
+
+_Prompt = tuple[str, int, Any]
+"""Its id, its position in the stream and a reference to it, as `Prompts.take` gives them."""
+
+MOST_STALE = 100
+"""Groups with older tokens than an engine should know; a few may follow a fault, more are a fault themselves."""
 
 OnStep = Callable[[LoopState, dict[str, float]], Awaitable[None]]
 
@@ -78,6 +87,8 @@ class Loop:
         self.buffer = Buffer(self.settings.groups_per_step, self.settings.max_staleness)
         self.informative = Informative(self.settings)
         self._engine_version = state.version
+        self._given_back: list[_Prompt] = []
+        self._stale = 0
         self._taken = state.version * self.settings.groups_per_step
         for ticket in restored or []:
             self.buffer.start(ticket.id, ticket.oldest_version)
@@ -108,14 +119,16 @@ class Loop:
             while not self._may_submit():
                 self._gate.clear()
                 await self._gate.wait()
-            prompt_id, position, ref = await self.prompts.take()
-            ticket = Ticket(self.state.next_id, prompt_id, position, ref)
+            prompt = self._given_back.pop() if self._given_back else await self.prompts.take()
+            ticket = Ticket(self.state.next_id, *prompt)
             self.state.next_id += 1
             self.buffer.start(ticket.id, self._engine_version)
-            tasks.create_task(self._carry(ticket))
+            tasks.create_task(self._carry(ticket, prompt, self._engine_version))
 
-    async def _carry(self, ticket: Ticket) -> None:
+    async def _carry(self, ticket: Ticket, prompt: _Prompt, submitted: int) -> None:
         ticket = await self.rollouts.generate(ticket)
+        if ticket.oldest_version < submitted:
+            return self._give_back(ticket, prompt, submitted)
         self.buffer.moved(ticket.id, "verdict")
         ticket = await self.judge.judge(ticket)
         if not self.informative.keeps(ticket):
@@ -130,13 +143,31 @@ class Loop:
         self.state.consumed.append(ticket.position)
         self._gate.set()
 
+    def _give_back(self, ticket: Ticket, prompt: _Prompt, submitted: int) -> None:
+        """An engine sampled with weights older than those it was said to hold: what the bound counts with is not true
+        of this group. It does not train; its prompt is the next to be sent again."""
+        self._stale += 1
+        log.warning(
+            "group %d has tokens of version %d although every engine held version %d; prompt %s is sampled again",
+            ticket.id, ticket.oldest_version, submitted, ticket.prompt_id,
+        )  # fmt: skip
+        if self._stale > MOST_STALE:
+            raise RuntimeError(
+                f"{self._stale} groups came with tokens of versions that no engine should hold any more; new weights "
+                "do not reach the engines, look into their logs"
+            )
+        self.buffer.drop(ticket.id)
+        self._given_back.append(prompt)
+        self._gate.set()
+
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         publishing: asyncio.Task[dict[str, float]] | None = None
         while self.state.version < self.updates:
             began = time.monotonic()
             batch = await self._take()
             waited = time.monotonic() - began
-            metrics = await self._update(batch)
+            under_way = self._under_way()
+            metrics = await self._update(batch) | under_way
             if publishing is not None:
                 metrics |= await publishing
             weights = await self.learner.weights()
@@ -146,26 +177,54 @@ class Loop:
             busy = time.monotonic() - began
             metrics |= {"learner/wait_share": waited / busy, "time/step_s": busy}
             metrics |= _batch_metrics(batch, self.state.version - 1) | self.informative.metrics()
+            metrics |= {"staleness/given_back": float(self._stale)}
             await self.on_step(self.state, metrics)
         if publishing is not None:
             await publishing
+
+    def _under_way(self) -> dict[str, float]:
+        """Where the groups are that are not ready: what the learner has to wait for next."""
+        phases = {"loop/generating": "generation", "loop/judging": "verdict"}
+        return {name: float(self.buffer.waiting_for(phase)) for name, phase in phases.items()}
 
     async def _take(self) -> list[Ticket]:
         batch = await self.buffer.take(self.state.version, self.settings.stall_timeout_s)
         self._taken += len(batch)
         return batch
 
-    async def _update(self, batch: list[Ticket]) -> dict[str, float]:
-        """One step of the policy and one of the judge, at the same time: both see the scores from before it."""
+    async def _fresh(self, batch: list[Ticket]) -> tuple[list[Ticket], dict[str, float]]:
+        """The batch with verdicts within `max_judge_lag`, and metrics of how old they are.
+
+        A verdict by weights that the judge no longer knows (it went back to a checkpoint) is too old as well.
+        """
+        most, now = self.settings.max_judge_lag, self.judge.version
+        late = [ticket for ticket in batch if not 0 <= now - ticket.judge_version <= most]
+        if late:
+            anew = {t.id: t for t in await asyncio.gather(*(self.judge.judge(t) for t in late))}
+            batch = [anew.get(ticket.id, ticket) for ticket in batch]
+        lags = [now - t.judge_version for t in batch]
+        metrics = {"staleness/judge_max": float(max(lags)), "staleness/judge_mean": sum(lags) / len(lags)}
+        return batch, metrics | {"staleness/judged_again": float(len(late))}
+
+    async def _learn(self, batch: list[Ticket]) -> dict[str, float]:
+        """One step of the policy and one of the judge, at the same time unless the judge needs the policy's ratios:
+        both see the scores from before it."""
         version = self.state.version
+        if self.judge.wants_ratios:
+            policy = await self.learner.update(batch, version)
+            return policy | await self.judge.learn(batch, version, self.learner.ratios())
         policy, judge = await asyncio.gather(self.learner.update(batch, version), self.judge.learn(batch, version))
-        self.state = replace(
-            self.state,
-            version=version + 1,
-            consumed=self.state.consumed + [t.position for t in batch],
-            groups=self.state.groups + [t.id for t in batch],
-        )
         return policy | judge
+
+    async def _update(self, batch: list[Ticket]) -> dict[str, float]:
+        """The next version of policy and judge."""
+        batch, ages = await self._fresh(batch)
+        metrics = await self._learn(batch) | ages
+        # In place: these grow with the run, and copying them at every update would cost more and more.
+        self.state.version += 1
+        self.state.consumed += [t.position for t in batch]
+        self.state.groups += [t.id for t in batch]
+        return metrics
 
     async def _publish(self, weights: Any, version: int) -> dict[str, float]:
         metrics = await self.rollouts.publish(weights, version)

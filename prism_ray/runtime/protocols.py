@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from prism_ray.records import Ticket
+from prism_ray.records import Ratios, Ticket
 
-__all__ = ["Judge", "Learner", "Prompts", "Rollouts", "Ticket"]
+__all__ = ["Judge", "Learner", "Prompts", "Ratios", "Rollouts", "Ticket"]
 
 
 class Prompts(Protocol):
@@ -34,17 +34,30 @@ class Rollouts(Protocol):
 
 
 class Judge(Protocol):
-    """What turns a group of rollouts into verdicts: discriminator or verifier."""
+    """What turns a group of rollouts into verdicts: discriminator or verifier.
+
+    `version` counts the judge's own updates (a verifier stays at 0); `wants_ratios` says whether it weighs what it
+    learns from by the learner's ratios, for which it then has to wait.
+    """
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def wants_ratios(self) -> bool: ...
 
     async def judge(self, ticket: Ticket) -> Ticket:
-        """Judge the group; the returned ticket refers to a `Group` with verdicts.
+        """Judge the group; the returned ticket refers to a `Group` with verdicts, and knows the oldest version that
+        gave one. Verdicts that the group has already are replaced.
 
         Dynamic sampling needs, in its stats, the ranges that `config.runtime.LOWEST` describes.
         """
         ...
 
-    async def learn(self, tickets: list[Ticket], version: int) -> dict[str, float]:
-        """Train on the groups the policy is about to learn from (a verifier does nothing). Returns metrics."""
+    async def learn(self, tickets: list[Ticket], version: int, ratios: Ratios | None = None) -> dict[str, float]:
+        """Train on the groups the policy learns from (a verifier does nothing). Returns metrics.
+
+        `ratios` are given if `wants_ratios`.
+        """
         ...
 
 
@@ -53,6 +66,10 @@ class Learner(Protocol):
 
     async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
         """One optimiser step on judged groups, from `version` to `version + 1`. Returns metrics."""
+        ...
+
+    def ratios(self) -> Ratios:
+        """Of the last update's groups."""
         ...
 
     async def weights(self) -> Any:

@@ -86,13 +86,17 @@ class Watched:
             try:
                 # asyncio.timeout would leave the ping's future to be collected with an exception that nobody reads.
                 ping = asyncio.ensure_future(_value(self.actor.alive.remote()))
-                done, _ = await asyncio.wait({ping}, timeout=self.heartbeat_s)
-                if not done:
+                try:
+                    done, _ = await asyncio.wait({ping}, timeout=self.heartbeat_s)
+                finally:  # `close` too ends the wait
                     ping.cancel()
+                if not done:
                     return self._lose(f"has not answered for {self.heartbeat_s:g} s")
                 ping.result()
             except RayActorError as error:
                 return self._lose("died", error)
+            except RayTaskError as error:
+                return self._lose(f"is not well ({error.cause})", error)
             await asyncio.sleep(self.heartbeat_s / 3)
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.judging import JUDGING_FIELDS
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.load import to_yaml
 from prism_ray.config.rollout import RolloutSettings
@@ -20,9 +21,11 @@ from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
+from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
 from prism_ray.models.tiny import build_tiny
 from prism_ray.report.html import write_report
+from prism_ray.report.incidents import IncidentLog, reason
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.progress import Progress
 from prism_ray.report.summary import Summary
@@ -53,7 +56,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
     full = s.align.updates + s.rlvr.updates
     align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": s.verify.environment, **sampling}
+    tasks = {"corpus": _corpus(session, "rlvr"), "verify": (s.verify.environment, s.verify.options), **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
@@ -74,7 +77,9 @@ def stages_of(session: Session) -> dict[str, Stage]:
                 **judge,
                 **_what_shapes(s.rollout),
             },
-            lambda: run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"]),
+            lambda: session.until_stopped(
+                run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"])
+            ),
         ),
         "align": (("sft", "warmup"), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
@@ -97,7 +102,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
                 "seed": s.seed,
                 **_what_shapes(s.rollout),
             },
-            lambda: run_evaluate(session, evaluated),
+            lambda: session.until_stopped(run_evaluate(session, evaluated)),
         ),
     }
     return {name: Stage(name, *runs[name]) for name in STAGES}
@@ -111,6 +116,12 @@ async def run(settings: RunSettings) -> Path:
     summary = Summary(folder, settings.name)
     metrics = MetricsLog(folder, settings.report, settings.model_dump(mode="json"))
     session = Session(settings, metrics, summary)
+    with IncidentLog(folder, lambda: session.stage):
+        await _run(session)
+    return folder
+
+
+async def _run(session: Session) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, session)
     status = "failed"
@@ -126,9 +137,8 @@ async def run(settings: RunSettings) -> Path:
             await session.close()
         finally:
             session.metrics.close()
-            summary.finish(status)
-            write_report(folder, settings)
-    return folder
+            session.summary.finish(status)
+            _report(session.folder)
 
 
 async def _run_stages(session: Session) -> None:
@@ -145,23 +155,37 @@ async def _run_stages(session: Session) -> None:
         summary.discard(stage.name, LABELS.get(stage.name))
         log.info("%s begins", stage.name)
         began = time.monotonic()
+        session.stage = stage.name
         try:
-            outcome = await stage.run()
+            outcome = await session.until_stopped(stage.run(), session.settings.cluster.stop_grace_s)
         except BaseException as error:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
             summary.stage(stage.name, status, time.monotonic() - began, 0, None)
+            if isinstance(error, Exception) and status == "failed":
+                log.error("%s failed: %s", stage.name, reason(error))
             raise
+        finally:
+            session.stage = ""
         seconds = time.monotonic() - began
         finish(folder, keys[stage.name], outcome, seconds)
         shutil.rmtree(folder / "state", ignore_errors=True)
         summary.stage(stage.name, "completed", seconds, outcome.updates, outcome.checkpoint)
         log.info("%s is done in %.0f s", stage.name, seconds)
+        await asyncio.to_thread(_report, session.folder)
+
+
+def _report(folder: Path) -> None:
+    """Write the page; a run is worth more than its page."""
+    try:
+        write_report(folder)
+    except Exception:
+        log.warning("%s could not be written", folder / "report.html", exc_info=True)
 
 
 def _on_signal(session: Session) -> None:
     if session.stop.is_set():
         raise KeyboardInterrupt
-    log.warning("stopping after this update, with the state saved; once more to stop at once")
+    log.warning("stopping, with the state saved; once more to stop at once")
     session.stop.set()
 
 
@@ -189,11 +213,11 @@ def _testbed_corpora(session: Session) -> dict[str, Path]:
 
 _NOT_SHAPING = {
     "ranks", "cpus_per_rank", "gpus_per_rank", "micro_batch_tokens", "gradient_checkpointing", "zero_stage", "offload",
-    "timeout_s", "max_skipped",
+    "timeout_s", "heartbeat_s", "max_skipped",
 }  # fmt: skip
 """Settings of the learner that say where and how fast it computes, not what."""
-_WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin"}
-"""Settings of the discriminator that bound, cut or watch its work without changing it."""
+_WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin", *JUDGING_FIELDS}
+"""Settings of the discriminator that place, bound, cut or watch its work without changing it."""
 
 
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
@@ -256,7 +280,6 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
     with Progress(name, sum(p.settings.steps for p in phases)) as progress:
 
         def on_metrics(phase: str, step: int, metrics: dict[str, float]) -> None:
-            session.check_stop()
             session.metrics.write(phase if phase == name else f"{name}/{phase}", step, metrics)
             progress.update(before[phase] + step, **metrics)
 
@@ -272,6 +295,8 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
             settings.seed,
             on_metrics,
             session.quarantine,
+            session.check_stop,
+            settings.cluster.stop_grace_s,
         )
     for line in done.quarantined:
         log.warning("%s", line)
@@ -345,8 +370,9 @@ def check_inputs(settings: RunSettings) -> None:
     try:
         if settings.policy is not None:
             check_policy(settings.policy)
+            judge_start(settings.policy, settings.discriminator.policy)
         load_truth(settings.evaluate.truth)
-        make_environment(settings.verify.environment).close()
+        make_environment(settings.verify.environment, settings.verify.options).close()
         for name, paths in settings.data:
             if paths:
                 find_fragments(paths, COLUMNS_OF[name])
@@ -363,6 +389,11 @@ def start_cluster(settings: RunSettings) -> None:
     ranks = {"CPU": learner.ranks * learner.cpus_per_rank, "GPU": learner.ranks * learner.gpus_per_rank}
     supervised = {"CPU": trainer.ranks * trainer.cpus_per_rank, "GPU": trainer.ranks * trainer.gpus_per_rank}
     engines_label = f"rollout.engines = {rollout.engines}"
-    # The engines stay for the whole run; supervised ranks and learner ranks come one after the other.
-    cluster.require({engines_label: engines, f"learner.ranks = {learner.ranks}": ranks}, settings.cluster)
+    # The engines stay for the whole run; supervised ranks come before learner ranks and judge, which work side by side.
+    judge = settings.discriminator
+    judge_label = f"discriminator.ranks = {judge.ranks} and discriminator.scorers = {judge.scorers}"
+    looping = {engines_label: engines, f"learner.ranks = {learner.ranks}": ranks}
+    if {"warmup", "align"} & set(settings.stages):
+        looping[judge_label] = judge.needs
+    cluster.require(looping, settings.cluster)
     cluster.require({engines_label: engines, f"trainer.ranks = {trainer.ranks}": supervised}, settings.cluster)

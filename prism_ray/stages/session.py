@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
+from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder
 from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
+
+T = TypeVar("T")
+
+CLEANING_S = 30.0
+"""Longest wait for work that was cancelled to clean up."""
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -26,6 +39,7 @@ class Session:
         self.folder = (settings.runs / settings.name).resolve()
         self.corpora: dict[str, list[Path]] = {}
         self.stop = asyncio.Event()
+        self.stage = ""  # the one that runs now
         self._pool: RolloutPool | None = None
 
     def stage_folder(self, stage: str) -> Path:
@@ -67,6 +81,7 @@ class Session:
             max_images=self.settings.rollout.max_images,
             count_tokens=count,
             max_prompt_tokens=limit,
+            refusal=Refusal(count, self.settings.discriminator) if reference else None,
         )
 
     @property
@@ -77,6 +92,24 @@ class Session:
     def journal(self, stage: str) -> Path:
         """Where a stage's judged trajectories are kept."""
         return self.folder / "journal" / stage
+
+    async def until_stopped(self, work: Awaitable[T], grace_s: float = 0.0) -> T:
+        """What the work comes to; or Interrupted, when the session is asked to stop and the work has not ended within
+        `grace_s` seconds (0: for work that has nothing to save). It is cancelled then."""
+        running, stopping = asyncio.ensure_future(work), asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done() and grace_s:
+                await asyncio.wait({running}, timeout=grace_s)
+            if running.done():
+                return running.result()
+            if grace_s:
+                log.warning("not ended %g s after the signal (cluster.stop_grace_s): ended as it is", grace_s)
+            raise Interrupted
+        finally:
+            running.cancel()
+            stopping.cancel()
+            await asyncio.wait({running, stopping}, timeout=CLEANING_S)
 
     def check_stop(self) -> None:
         if self.stop.is_set():
@@ -91,9 +124,24 @@ class TokenCounter:
         self._encoder: Encoder | None = None
 
     def __call__(self, prompt: Prompt) -> int:
+        return len(self.encoder.prompt(prompt).token_ids)
+
+    @property
+    def encoder(self) -> Encoder:
         if self._encoder is None:
             self._encoder = Encoder(self._policy, self._limit)
-        return len(self._encoder.prompt(prompt).token_ids)
+        return self._encoder
 
     def __getstate__(self) -> dict[str, object]:
         return {"_policy": self._policy, "_limit": self._limit, "_encoder": None}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the discriminator could not judge a text as a reference, in the words of `segments.refusal`."""
+
+    tokens: TokenCounter
+    settings: DiscriminatorSettings
+
+    def __call__(self, text: str) -> str:
+        return refusal(text, self.tokens.encoder, self.settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -70,14 +71,19 @@ def train_supervised(
     seed: int,
     on_metrics: OnMetrics | None = None,
     quarantine: Path | None = None,
+    attend: Callable[[], None] | None = None,
+    grace_s: float = math.inf,
 ) -> Supervised:
     """Train `checkpoint_in` through `phases` and write the Hugging Face folder `out_folder`.
 
     Checkpoints live in `state_folder` (on storage all nodes see) until the end: the same call after an interruption
     goes on from the last, a call with other settings or inputs starts anew. `on_metrics` is called in this thread;
-    what it raises ends the run after a checkpoint. Raises `CorpusError` (before any worker starts where that is
-    possible) for files that cannot be read and for corpora with too many bad rows, `ValueError` for settings that do
-    not fit together, and Ray Train's `TrainingFailedError` when workers died too often.
+    what it raises ends the run after a checkpoint; so does what `attend` raises, which is called a few times a second.
+    Ranks that have not saved within `grace_s` are left to whoever ends their cluster.
+
+    Raises `CorpusError` (before any worker starts where that is possible) for files that cannot be read and for corpora
+    with too many bad rows, `ValueError` for settings that do not fit together, and Ray Train's `TrainingFailedError`
+    when workers died too often.
     """
     started = time.monotonic()
     courses = tuple(_course(phase, str(checkpoint_in.resolve()), settings, corpora, seed) for phase in phases)
@@ -88,7 +94,8 @@ def train_supervised(
     job = Job(str(checkpoint_in.resolve()), out, courses, optimisers, settings, corpora)
     run_name = f"{name}-{_fingerprint(job, phases)}"
     try:
-        _fit(_trainer(job, inbox, run_name, state_folder.resolve()), inbox, _Desk(courses, bad, on_metrics))
+        desk = _Desk(courses, bad, on_metrics, attend)
+        _fit(_trainer(job, inbox, run_name, state_folder.resolve()), inbox, desk, grace_s)
     finally:
         ray.kill(inbox)
         if quarantine is not None:
@@ -162,11 +169,32 @@ def _trainer(job: Job, inbox: Any, run_name: str, state_folder: Path) -> ray_tor
 class _Desk:
     """Takes the ranks' messages."""
 
-    def __init__(self, courses: Sequence[Course], bad: Sequence[Quarantine], on_metrics: OnMetrics | None) -> None:
+    def __init__(
+        self,
+        courses: Sequence[Course],
+        bad: Sequence[Quarantine],
+        on_metrics: OnMetrics | None,
+        attend: Callable[[], None] | None,
+    ) -> None:
         self._courses = courses
         self._bad = bad
         self._on_metrics = on_metrics
+        self._attend = attend
         self.error: BaseException | None = None
+        self.since = math.inf
+        """When the error came, by the monotonic clock."""
+
+    def attend(self) -> None:
+        """Nobody has said anything, perhaps; the driver may still want to stop."""
+        try:
+            if self._attend is not None:
+                self._attend()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error, self.since = error, time.monotonic()
 
     def take(self, message: tuple[Any, ...]) -> None:
         kind = message[0]
@@ -178,10 +206,10 @@ class _Desk:
             elif kind == "broken":
                 raise CorpusError(message[1])
         except BaseException as error:
-            self.error = self.error or error
+            self._fail(error)
 
 
-def _fit(trainer: ray_torch.TorchTrainer, inbox: Any, desk: _Desk) -> None:
+def _fit(trainer: ray_torch.TorchTrainer, inbox: Any, desk: _Desk, grace_s: float) -> None:
     """Run the trainer in a thread (it blocks, and would take over Ctrl-C for good) and attend to its messages."""
     failure: list[BaseException] = []
 
@@ -197,9 +225,10 @@ def _fit(trainer: ray_torch.TorchTrainer, inbox: Any, desk: _Desk) -> None:
         running = thread.is_alive()
         for message in ray.get(inbox.take.remote()):
             desk.take(message)
+        desk.attend()
         if desk.error is not None and running:
             ray.get(inbox.stop.remote())
-        if not running:
+        if not running or time.monotonic() - desk.since > grace_s:
             break
         thread.join(timeout=POLL_S)
     if desk.error is not None or failure:

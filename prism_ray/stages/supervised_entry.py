@@ -8,7 +8,7 @@ from typing import Any
 
 class Inbox:
     """Ray actor through which the ranks speak to the driver: `("metrics", phase, step, row)`, `("bad", phase, rows)`,
-    `("broken", sentence)`; and the driver to the ranks: stop."""
+    `("broken", sentence)`, `("listening",)`; and the driver to the ranks: stop."""
 
     def __init__(self) -> None:
         self._messages: list[tuple[Any, ...]] = []
@@ -25,7 +25,7 @@ class Inbox:
         return taken
 
     def stop(self) -> None:
-        """Let the ranks save and end at their next metrics row."""
+        """Let the ranks save and end after the step they are at."""
         self._stop = True
 
 

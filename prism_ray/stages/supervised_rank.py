@@ -25,6 +25,8 @@ from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
 
 ENGINE = "engine"
 STATE = "state.json"
+LISTEN_S = 1.0
+"""Longest time between two questions to the driver whether to stop, where steps are short."""
 
 
 class Then(Enum):
@@ -49,7 +51,7 @@ class Rank:
         freeze(self.policy, job.settings.freeze)
         self.phase, self.step, self.bad = 0, 0, 0
         self.terms = 1.0
-        self.stop = False
+        self.stop, self.heard = False, time.monotonic()
         self.engine = self._engine(0)
         self.meter = _Meter()
 
@@ -79,6 +81,7 @@ class Rank:
             self._tell("bad", phase, portion.bad)
         if phase != self.phase:
             self._begin(phase)
+        self._listen()
         self.terms, bad, broken, stop = self._sum(portion.size, len(portion.bad), float(error != ""), float(self.stop))
         self.bad += int(bad)
         if broken or self.bad > self.job.corpora.max_bad_share * self.job.courses[phase].order.rows:
@@ -111,9 +114,15 @@ class Rank:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def _listen(self) -> None:
+        """Ask now and then whether to stop: metrics rows may be minutes apart."""
+        if self.rank == 0 and time.monotonic() - self.heard > LISTEN_S:
+            self._tell("listening")
+
     def _tell(self, *message: Any) -> None:
         """A message to the driver; its answer is whether to stop."""
         self.stop = bool(ray.get(self.inbox.put.remote(message)))
+        self.heard = time.monotonic()
 
     def _train(self, portion: Portion) -> None:
         """One optimiser step; the loss is the mean over the terms of the whole batch, over all ranks."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prism_ray.corpora.reader import CorpusError
 from prism_ray.corpora.stream import PromptStream
-from prism_ray.discriminator.model import build_discriminator, save_new
+from prism_ray.discriminator.model import create_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.probes import Examination
+from prism_ray.discriminator.start import judge_start
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
-from prism_ray.response import VIEWS
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.pipeline import Outcome
@@ -41,7 +41,7 @@ class WeakDiscriminator(RuntimeError):
 
 
 async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Path]) -> Outcome:
-    """Upcycle the policy to a discriminator, train it on its rollouts, and export it.
+    """Make the policy (or `discriminator.policy`) a discriminator, train it on the policy's rollouts, and export it.
 
     Stops early once every view's held-out pair accuracy has reached the target. What it has become is then examined on
     the held-out pairs (calibration, shortcuts, the worst pairs). Raises WeakDiscriminator where a view has not reached
@@ -49,8 +49,8 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
     """
     settings = session.settings
     initial = session.stage_folder(name) / "upcycled"
-    untrained = await asyncio.to_thread(build_discriminator, policy, settings.discriminator, settings.seed)
-    await asyncio.to_thread(save_new, untrained, initial, policy)
+    start = await asyncio.to_thread(judge_start, policy, settings.discriminator.policy)
+    await asyncio.to_thread(create_discriminator, start, initial, settings.discriminator, settings.seed)
     starting = DiscriminatorPool.start(
         initial,
         settings.discriminator,
@@ -85,6 +85,7 @@ async def _train(
 ) -> int:
     """Steps until the target is reached; the next batch is sampled while the judge learns from this one."""
     settings = session.settings.warmup
+    views = [view.name for view in session.settings.discriminator.views if view.weight]  # those that move the policy
     held_out = await _sample(engines, stream, settings.held_out_prompts, settings.rollouts, set())
     reserved = {group.prompt.id for group in held_out}
     accuracy: dict[str, float] = {}
@@ -105,13 +106,13 @@ async def _train(
                 metrics |= {f"{key}_held_out": value for key, value in accuracy.items()}
             session.metrics.write(name, step, metrics)
             progress.update(step, **metrics)
-            if step >= settings.min_steps and _weakest(accuracy) >= settings.target_accuracy:
+            if step >= settings.min_steps and _weakest(accuracy, views) >= settings.target_accuracy:
                 break
     _report(session, name, step, await judge.examine(held_out, WORST_PAIRS))
-    if _weakest(accuracy) < settings.target_accuracy:
+    if _weakest(accuracy, views) < settings.target_accuracy:
         raise WeakDiscriminator(
             f"after {step} warm-up steps the held-out pair accuracy is "
-            + ", ".join(f"{accuracy.get(_accuracy_of(view), 0.0):.2f} ({view})" for view in VIEWS)
+            + ", ".join(f"{accuracy.get(_accuracy_of(view), 0.0):.2f} ({view})" for view in views)
             + f", below warmup.target_accuracy {settings.target_accuracy}; raise warmup.max_steps, check the "
             "references, or lower the target knowingly"
         )
@@ -122,7 +123,7 @@ def _report(session: Session, name: str, step: int, examination: Examination) ->
     """Note what the examination found: metrics, a line per view and the warnings in the log, the worst pairs."""
     metrics = examination.metrics
     session.metrics.write(name, step, {k if "/probe/" in k else f"{k}_held_out": v for k, v in metrics.items()})
-    for view in VIEWS:
+    for view in session.settings.discriminator.view_names:
         if (accuracy := metrics.get(_accuracy_of(view))) is not None:
             error = metrics[f"discriminator/calibration_error/{view}"]
             log.info(
@@ -159,6 +160,6 @@ def _accuracy_of(view: str) -> str:
     return f"discriminator/pair_accuracy/{view}"
 
 
-def _weakest(accuracy: dict[str, float]) -> float:
+def _weakest(accuracy: dict[str, float], views: Sequence[str]) -> float:
     """The lowest accuracy of a view; 0 for a view without pairs (no valid rollout, or all identical to references)."""
-    return min(accuracy.get(_accuracy_of(view), 0.0) for view in VIEWS)
+    return min(accuracy.get(_accuracy_of(view), 0.0) for view in views)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prism_ray.config.views import DEFAULT_VIEWS, TAGS, ViewSettings
 from prism_ray.response import locate, parse, render
 
 inner = st.text(max_size=30).filter(lambda s: "<" not in s)
@@ -58,7 +59,7 @@ def test_token_spans_cover_the_views_whatever_the_tokenisation(caption, think, a
         size = generator.randint(0, 5)
         pieces.append(data[at : at + size])
         at += size
-    located = locate(pieces + [b""])
+    located = locate(pieces + [b""], DEFAULT_VIEWS)
     assert located.valid
     low, high = located.spans["perception"]
     start, end = located.spans["reasoning"]
@@ -71,20 +72,34 @@ def test_token_spans_cover_the_views_whatever_the_tokenisation(caption, think, a
 
 
 def test_a_token_that_straddles_two_views_belongs_to_the_earlier():
-    located = locate([b"<caption> a</cap", b"tion><think>", b" b</think><answer>", b" c</answer>", b""])
+    located = locate([b"<caption> a</cap", b"tion><think>", b" b</think><answer>", b" c</answer>", b""], DEFAULT_VIEWS)
     assert located.spans == {"perception": (0, 2), "reasoning": (2, 4)}
 
 
 def test_whitespace_between_views_belongs_to_neither():
-    located = locate([b"<caption>", b"</caption>", b"\n", b"<think></think>", b"<answer>", b"</answer>", b"\n", b""])
+    located = locate(
+        [b"<caption>", b"</caption>", b"\n", b"<think></think>", b"<answer>", b"</answer>", b"\n", b""], DEFAULT_VIEWS
+    )
     assert located.spans == {"perception": (0, 2), "reasoning": (3, 6)}
 
 
 def test_a_view_without_a_token_of_its_own_is_invalid_not_an_error():
-    located = locate([GOOD.encode()])
+    located = locate([GOOD.encode()], DEFAULT_VIEWS)
     assert not located.valid and "shares" in located.reason
 
 
 def test_rendering_refuses_a_tag_inside():
     with pytest.raises(ValueError, match="caption contains"):
         render("<think>", "", "")
+
+
+def test_views_are_whatever_tags_they_are_given():
+    whole = [ViewSettings(name="whole", tags=TAGS)]
+    each = [ViewSettings(name=name, tags=(tag,)) for name, tag in zip("abc", TAGS, strict=True)]
+    said = [ViewSettings(name="said", tags=("answer",))]
+    pieces = [b"<caption>", b" a", b"</caption>", b"\n", b"<think>", b" b</think>", b"<answer> c", b"</answer>", b""]
+    assert locate(pieces, whole).spans == {"whole": (0, 8)}
+    assert locate(pieces, each).spans == {"a": (0, 3), "b": (4, 6), "c": (6, 8)}
+    assert locate(pieces, said).spans == {"said": (6, 8)}
+    assert parse(GOOD).spans == {} and parse(GOOD, whole).spans == {"whole": (0, len(GOOD))}
+    assert parse(GOOD, said).spans == {"said": (GOOD.index("<answer>"), len(GOOD))}

@@ -22,7 +22,7 @@ from prism_ray.config.runtime import LoopSettings
 from prism_ray.config.testbed import TestbedSettings
 from prism_ray.config.verify import VerifySettings
 from prism_ray.corpora.rows import prompt_from_row
-from prism_ray.discriminator.model import build_discriminator, load_discriminator, save_new
+from prism_ray.discriminator.model import create_discriminator, load_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.learner.group import LearnerGroup
 from prism_ray.learner.step import Recipe
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
     """A tiny untrained policy, a discriminator upcycled from it, and a few prompts."""
     folder = tmp_path_factory.mktemp("world")
     build_tiny(folder / "policy", vocabulary(), TinyModelSettings(), seed=3)
-    save_new(build_discriminator(folder / "policy", DISCRIMINATOR, 0), folder / "judge", folder / "policy")
+    create_discriminator(folder / "policy", folder / "judge", DISCRIMINATOR, 0)
     sizes = dict.fromkeys(["pretrain", "base", "sft", "rlvr", "evaluate", "evaluate_unseen"], 1)
     write_corpora(folder / "corpora", TestbedSettings(align=UPDATES * PROMPTS, **sizes), seed=0)
     rows = pq.read_table(folder / "corpora" / "align.parquet").to_pylist()

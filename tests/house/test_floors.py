@@ -15,8 +15,9 @@ FLOORS = (
     {"stages", "serve"},
     {"discriminator"},
     {"learner", "rollout"},
+    {"verify"},
     {"weights", "runtime"},
-    {"corpora", "models", "verify", "testbed", "report"},
+    {"corpora", "models", "testbed", "report"},
     {"response", "codec"},
     {"records", "config"},
 )

@@ -10,6 +10,7 @@ import rank_engine
 import torch
 
 from prism_ray.config.learner import LearnerSettings, OptimiserSettings
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.learner.engine import TrainEngine, init_process_group
 from prism_ray.learner.policy import reference_policy, trainable_policy
 from prism_ray.learner.step import update
@@ -73,7 +74,7 @@ def updates(inputs, rank, world, folder):
         reference = None
         if recipe.objective.kl_coef:
             reference = reference_policy(inputs["policy"], engine, settings, *sampling)
-        work = prepare(inputs["groups"][world][rank], encoder)
+        work = prepare(inputs["groups"][world][rank], encoder, DEFAULT_VIEWS)
         outcomes = [update(engine, work, recipe, v, encoder.banned_ids, reference) for v in inputs["versions"]]
         results.append({"weights": engine.weights(), "outcomes": outcomes})
         engine.destroy()
@@ -87,10 +88,10 @@ def spoilt(inputs, rank, world, folder):
     for zero_stage in (0, 2):
         settings = LearnerSettings(lr=LR, zero_stage=zero_stage, micro_batch_tokens=inputs["micro_batch_tokens"])
         engine = TrainEngine(trainable_policy(inputs["policy"], settings), settings)
-        work = prepare(inputs["groups"][rank], encoder)
+        work = prepare(inputs["groups"][rank], encoder, DEFAULT_VIEWS)
         spoil_images(work, inputs["spoilt_group"])
         results.append(update(engine, work, inputs["recipe"], 3, encoder.banned_ids))
-        work = prepare(inputs["groups"][rank], encoder)
+        work = prepare(inputs["groups"][rank], encoder, DEFAULT_VIEWS)
         engine.module.model.language_model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
         results.append(update(engine, work, inputs["recipe"], 3, encoder.banned_ids))
         engine.destroy()

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_ray.config.objective import AdvantageSettings
+from prism_ray.config.views import DEFAULT_VIEWS, ViewSettings, shares_of
 from prism_ray.learner.advantages import (
     Advantages,
     Judged,
@@ -89,17 +90,21 @@ def test_an_invalid_response_is_placed_below_the_worst_valid_one():
 
 def test_bounded_views_is_the_standardised_sigmoid_of_the_gap():
     case = judged(valid_N=torch.ones(4, dtype=torch.bool))
-    result = estimate(case, AdvantageSettings(), 128)
+    result = estimate(case, AdvantageSettings(), 128, DEFAULT_VIEWS)
     for view in ("perception", "reasoning"):
         rewards = torch.sigmoid((case.scores[view] - case.reference_scores[view]) / 3)
         torch.testing.assert_close(result.views[view], (rewards - rewards.mean()) / (rewards.std() + 1e-6))
     torch.testing.assert_close(result.combined_N, (result.views["perception"] + result.views["reasoning"]) / 2)
 
 
-@pytest.mark.parametrize("weights", [{"perception": 0.2, "reasoning": 0.8}, {"reasoning": 1.0}])
+def weighted(*weights: float) -> list[ViewSettings]:
+    return [v.model_copy(update={"weight": w}) for v, w in zip(DEFAULT_VIEWS, weights, strict=True)]
+
+
+@pytest.mark.parametrize("weights", [(0.2, 0.8), (0.0, 1.0), (3.0, 1.0)])
 def test_views_of_any_weight_average_to_the_combined_advantage(weights):
-    result = estimate(judged(), AdvantageSettings(view_weights=weights), 128)
-    assert set(result.views) == set(weights)
+    result = estimate(judged(), AdvantageSettings(), 128, weighted(*weights))
+    assert set(result.views) == {"perception", "reasoning"}
     torch.testing.assert_close(torch.stack(list(result.views.values())).mean(0), result.combined_N)
 
 
@@ -114,8 +119,10 @@ def test_what_an_invalid_response_scored_does_not_matter(estimator, hole):
     case = judged()
     holed = {v: torch.where(case.valid_N, s, hole) for v, s in case.scores.items()}
     settings = AdvantageSettings(estimator=estimator)
-    expected = estimate(case, settings, 128).combined_N
-    actual = estimate(judged(scores=holed, reference_scores=case.reference_scores), settings, 128).combined_N
+    expected = estimate(case, settings, 128, DEFAULT_VIEWS).combined_N
+    actual = estimate(
+        judged(scores=holed, reference_scores=case.reference_scores), settings, 128, DEFAULT_VIEWS
+    ).combined_N
     torch.testing.assert_close(actual, expected)
     assert torch.isfinite(expected).all() and expected[2] == expected.min()
 
@@ -123,7 +130,7 @@ def test_what_an_invalid_response_scored_does_not_matter(estimator, hole):
 @pytest.mark.parametrize("estimator, expected", [("prism_code", -1.5), ("prism_paper", -1.5), ("bounded_views", 0.0)])
 def test_a_group_of_invalid_responses_gets_the_penalty_alone(estimator, expected):
     case = judged(valid_N=torch.zeros(4, dtype=torch.bool), scores={v: torch.zeros(4) for v in judged().scores})
-    result = estimate(case, AdvantageSettings(estimator=estimator), 128)
+    result = estimate(case, AdvantageSettings(estimator=estimator), 128, DEFAULT_VIEWS)
     torch.testing.assert_close(result.combined_N.double(), torch.full((4,), expected, dtype=F64))
 
 
@@ -131,18 +138,20 @@ def test_no_responses_give_no_advantages():
     none = torch.zeros(0)
     case = Judged(none, none.long(), none.bool(), none.long(), *({v: none for v in judged().scores} for _ in range(2)))
     for estimator in ("grpo", "dr_grpo", "rloo", "prism_paper", "prism_code", "bounded_views"):
-        assert estimate(case, AdvantageSettings(estimator=estimator), 128).combined_N.shape == (0,)
+        assert estimate(case, AdvantageSettings(estimator=estimator), 128, DEFAULT_VIEWS).combined_N.shape == (0,)
     assert credit_tokens(Advantages(none, none.bool()), [], []).shape == (0, 0)
 
 
 def test_a_valid_score_or_reward_that_is_not_finite_is_refused():
     scores = judged().scores | {"reasoning": torch.tensor([0.0, float("nan"), float("nan"), 0.0])}
     with pytest.raises(ValueError, match=r"scores\['reasoning'\] is not finite for responses \[1\]"):
-        estimate(judged(scores=scores), AdvantageSettings(), 128)
+        estimate(judged(scores=scores), AdvantageSettings(), 128, DEFAULT_VIEWS)
     with pytest.raises(ValueError, match="rewards is not finite"):
-        estimate(judged(rewards_N=torch.full((4,), float("inf"))), AdvantageSettings(estimator="grpo"), 128)
+        estimate(
+            judged(rewards_N=torch.full((4,), float("inf"))), AdvantageSettings(estimator="grpo"), 128, DEFAULT_VIEWS
+        )
     with pytest.raises(ValueError, match="reference_scores has no view 'perception'"):
-        estimate(judged(reference_scores={}), AdvantageSettings(), 128)
+        estimate(judged(reference_scores={}), AdvantageSettings(), 128, DEFAULT_VIEWS)
 
 
 def test_credit_goes_to_the_view_and_the_end_token_to_the_last_one():
@@ -197,17 +206,21 @@ def test_a_gate_scales_what_its_view_contributes_and_leaves_the_others_alone(est
     config = AdvantageSettings.model_validate({"estimator": estimator})
     half = {"perception": torch.full((4,), 0.5, dtype=F64)}
     shut = {"perception": torch.zeros(4, dtype=F64)}
-    plain, halved, without = (estimate(judged(gates=g), config, 128) for g in ({}, half, shut))
+    plain, halved, without = (estimate(judged(gates=g), config, 128, DEFAULT_VIEWS) for g in ({}, half, shut))
     torch.testing.assert_close(halved.combined_N, (plain.combined_N + without.combined_N) / 2)
     valid = judged().valid_N
     assert bool((plain.combined_N != without.combined_N)[valid].all())
     for view, scale in (("perception", 0.5), ("reasoning", 1.0)) if plain.views else ():
         torch.testing.assert_close(halved.views[view], scale * plain.views[view])
-    both = estimate(judged(gates={v: torch.zeros(4, dtype=F64) for v in config.view_weights}), config, 128)
+    both = estimate(
+        judged(gates={v: torch.zeros(4, dtype=F64) for v in shares_of(DEFAULT_VIEWS)}), config, 128, DEFAULT_VIEWS
+    )
     assert both.combined_N[[0, 1, 3]].abs().max() == 0 and both.combined_N[2] == -config.invalid[1], "format still pays"
 
 
 def test_a_gate_where_the_sum_is_normalised_is_refused():
     gates = {"reasoning": torch.full((4,), 0.5, dtype=F64)}
     with pytest.raises(ValueError, match="undoes discriminator.gate"):
-        estimate(judged(gates=gates), AdvantageSettings(estimator="prism_paper", credit="all_tokens"), 128)
+        estimate(
+            judged(gates=gates), AdvantageSettings(estimator="prism_paper", credit="all_tokens"), 128, DEFAULT_VIEWS
+        )

@@ -1,6 +1,10 @@
 import asyncio
+import os
+import signal
+import threading
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -11,6 +15,7 @@ from prism_ray.learner.group import LearnerGroup, split_by_tokens
 from prism_ray.learner.step import Recipe
 from prism_ray.models.load import load_policy
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import HEALTH, Lost
 
 RECIPE = Recipe(AdvantageSettings(), ObjectiveSettings(), CorrectionSettings())
 
@@ -46,7 +51,7 @@ async def life(policy_folder, make_group, tmp_path):
     groups = [make_group(i, version=2) for i in range(3)]
     tickets = [ticket(g.id, sum(len(r.token_ids) for r in g.rollouts), ray.put(g)) for g in groups]
 
-    start = ray.get(await learner.weights())
+    start: dict[str, np.ndarray] = ray.get(await learner.weights())
     model = load_policy(policy_folder)
     assert start.keys() == dict(model.named_parameters()).keys()
     assert all(np.array_equal(start[n], p.detach().numpy()) for n, p in model.named_parameters())
@@ -72,15 +77,58 @@ async def life(policy_folder, make_group, tmp_path):
     again = ray.get(await learner.weights())
     assert all(np.array_equal(again[n], second[n]) for n in second)
 
-    with pytest.raises(ray.exceptions.RayTaskError, match="no checkpoint policy"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint policy"):
         await learner.load(tmp_path / "nowhere")
-    ray.kill(learner.ranks[1])
-    with pytest.raises(RuntimeError, match="learner rank 1 died during update"):
-        await learner.update(tickets, version=5)
     learner.shutdown()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_is_lost_whichever_rank_notices_it_first(cluster, policy_folder, make_group, number):
+    asyncio.run(death(policy_folder, make_group, number))
+
+
+async def death(policy_folder, make_group, number):
+    settings = LearnerSettings(ranks=2, cpus_per_rank=0.5, timeout_s=120, heartbeat_s=3)
+    learner = await LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100)
+    groups = [make_group(i, version=2) for i in range(2)]
+    tickets = [ticket(g.id, 9, ray.put(g)) for g in groups]
+    pids = [await rank.__ray_call__.remote(lambda _: os.getpid()) for rank in learner.ranks]
+    os.kill(pids[1], number)
+    with pytest.raises(Lost, match="learner rank 1 (died|has not answered for 3 s) while it was to update"):
+        await learner.update(tickets, version=2)
+    learner.shutdown()
+    await wait_until_ended(pids)
+
+
+async def wait_until_ended(pids):
+    async with asyncio.timeout(60):
+        while any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+            await asyncio.sleep(0.1)
+
+
+def test_a_rank_answers_while_it_computes_and_computes_in_one_thread_with_its_settings(
+    cluster, policy_folder, make_group
+):
+    asyncio.run(threads(policy_folder))
+
+
+async def threads(policy_folder):
+    settings = LearnerSettings(cpus_per_rank=2, timeout_s=60)
+    learner = await LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100)
+    (rank,) = learner.ranks
+    await rank.__ray_call__.remote(lambda self: setattr(self, "gate", threading.Event()))
+    busy = rank.__ray_call__.remote(lambda self: self.gate.wait(120))
+    await asyncio.wait_for(rank.alive.remote(), 60)
+    open_gate = rank.__ray_call__.options(concurrency_group=HEALTH)
+    await open_gate.remote(lambda self: self.gate.set())
+    assert await busy, "alive had to wait for the rank's work"
+    found = [await rank.__ray_call__.remote(lambda _: (threading.get_ident(), torch.get_num_threads())) for _ in "ab"]
+    learner.shutdown()
+    assert found[0] == found[1]
+    assert found[0][1] == 2
 
 
 def test_ranks_that_never_start_are_named(cluster, policy_folder):
     settings = LearnerSettings(ranks=1, cpus_per_rank=64, timeout_s=1)
-    with pytest.raises(TimeoutError, match="learner rank 0 did not finish start .* 1 x 64 CPUs"):
+    with pytest.raises(TimeoutError, match="for learner rank 0 to start .* 1 x 64 CPUs"):
         asyncio.run(LearnerGroup.create(policy_folder, settings, RECIPE, max_prompt_tokens=100))

@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from prism_ray.config.objective import AdvantageSettings, CorrectionSettings, ObjectiveSettings, check_together
+from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.learner.advantages import Judged, credit_tokens, estimate
 from prism_ray.learner.correction import needs_proximal_forward
 from prism_ray.learner.objective import PolicyBatch, count_denominators, count_weights, policy_loss
@@ -94,7 +95,6 @@ SPANS = [{"perception": (0, 2), "reasoning": (2, 4)}, {"perception": (0, 9), "re
 ADVANTAGE_FIELDS = {
     "estimator": [{"estimator": e} for e in ("grpo", "dr_grpo", "rloo", "prism_paper", "prism_code", "bounded_views")],
     "credit": [{"credit": "per_view"}, {"credit": "all_tokens"}],
-    "view_weights": [{}, {"view_weights": {"perception": 0.2, "reasoning": 0.8}}],
     "temperature": [{}, {"temperature": 0.5}],
     "invalid_offset": [{}, {"invalid_offset": 0.7}],
     "invalid_penalty": [{}, {"invalid_penalty": 0.7}],
@@ -106,7 +106,7 @@ ADVANTAGE_FIELDS = {
 @pytest.mark.parametrize("field", ADVANTAGE_FIELDS)
 def test_every_setting_of_the_advantage_matters(field):
     found = [
-        credit_tokens(estimate(JUDGED, AdvantageSettings(**case), 128), SPANS, JUDGED.lengths_N.tolist())
+        credit_tokens(estimate(JUDGED, AdvantageSettings(**case), 128, DEFAULT_VIEWS), SPANS, JUDGED.lengths_N.tolist())
         for case in ADVANTAGE_FIELDS[field]
     ]
     for i, one in enumerate(found):
@@ -171,5 +171,5 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_settings(recipe):
     advantage, objective = RECIPES[recipe]
-    assert torch.isfinite(estimate(JUDGED, AdvantageSettings(**advantage), 8192).combined_N).all()
+    assert torch.isfinite(estimate(JUDGED, AdvantageSettings(**advantage), 8192, DEFAULT_VIEWS).combined_N).all()
     assert torch.isfinite(gradient(objective, {})).all()

@@ -80,6 +80,19 @@ def test_current_logprobs_as_proximal_equal_a_forward_of_their_own(splits):
     assert difference(current["weights"], recomputed["weights"]) <= 1e-8
 
 
+def test_each_rollout_has_its_ratio_to_what_sampled_it_however_the_batch_is_split(splits, groups):
+    one, two = splits
+    recipe = list(RECIPES).index("normalised")
+    whole = one[0][2 * recipe]["outcomes"][0].ratios
+    assert {group: len(ratios) for group, ratios in whole.items()} == {g.id: len(g.rollouts) for g in groups}
+    assert len({round(r, 6) for ratios in whole.values() for r in ratios}) > 3, "they are not all alike"
+    for ranks in (one, two):
+        split = {g: r for rank in ranks for g, r in rank[2 * recipe + 1]["outcomes"][0].ratios.items()}
+        assert split.keys() == whole.keys()
+        for group, ratios in split.items():
+            assert ratios == pytest.approx(whole[group], rel=1e-4)
+
+
 def test_efficiency_is_what_ranks_compute_of_what_they_wait_for(splits):
     one, two = splits
     assert figures([one[0][0]["outcomes"][0]])["learner/packing_efficiency"] == 1

@@ -21,6 +21,8 @@ class World:
     """Prompts, engines, judge, learner and keeper in one. A prompt's length and value are a function of its position;
     a group takes as long as its responses are."""
 
+    version, wants_ratios = 0, False
+
     def __init__(self, seed: int, informative: float = 0.5, unit: float = 2e-5, start: int = 0):
         self.seed, self.share, self.unit = seed, informative, unit
         self.position, self.engine_version, self.learner_version = start, 0, 0
@@ -49,8 +51,11 @@ class World:
         await asyncio.sleep(0)
         self.journal[ticket.id] = ticket
 
-    async def learn(self, tickets, version):
+    async def learn(self, tickets, version, ratios=None):
         return {}
+
+    def ratios(self):
+        raise AssertionError("nobody wants them")
 
     async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
         assert version == self.learner_version

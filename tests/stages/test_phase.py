@@ -47,7 +47,7 @@ def test_a_phase_has_its_own_length_optimiser_and_groups_and_is_resumed_with_the
     rows = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["policy/lr"] for row in rows] == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert [r.objective.max_response_tokens for r in recipes] == [20, 20]
+    assert [r.objective.max_response_tokens for r in recipes] == [20, 20, 20]
     assert all(row["rollout/response_tokens"] <= 20 for row in rows)
     assert any(row["rollout/truncated_share"] > 0 for row in rows), "nothing was cut, so nothing was tested"
     assert all(row["reward/equal_groups"] == 0 and row["group/highest/accuracy"] == 1 for row in rows)
@@ -57,21 +57,43 @@ def test_a_phase_has_its_own_length_optimiser_and_groups_and_is_resumed_with_the
 
 
 async def interrupted_and_continued(settings: RunSettings, folder: Path):
-    """RLVR on the untrained tiny model, stopped after its first update and run again; the loop's last state."""
+    """RLVR on the untrained tiny model, stopped after its first update and again while it waits for groups, then run to
+    its end; the loop's last state."""
     build_tiny(folder / "policy", vocabulary(), TinyModelSettings(), seed=0)
     corpus = write_corpora(folder / "corpora", settings.testbed, seed=0)["rlvr"]
 
-    async def judge():
-        return VerifierPool(settings.verify)
+    stop_when_judging = asyncio.Event()
 
-    metrics = MetricsLog(folder / "tiny")
+    class StoppingVerifiers(VerifierPool):
+        async def judge(self, ticket):
+            if stop_when_judging.is_set():
+                session.stop.set()
+                await asyncio.Event().wait()
+            return await super().judge(ticket)
+
+    async def judge():
+        return StoppingVerifiers(settings.verify)
+
+    class Stopping(MetricsLog):
+        """Whoever watches the metrics presses Ctrl-C after the first row."""
+
+        def write(self, stage, step, numbers):
+            super().write(stage, step, numbers)
+            if step == 1:
+                session.stop.set()
+
+    metrics = Stopping(folder / "tiny")
     session = Session(settings, metrics, Summary(folder / "tiny", "tiny"))
     phase = Phase("rlvr", folder / "policy", [corpus], settings.rlvr, 3, judge, needs_reference=False)
     try:
-        session.stop.set()
         with pytest.raises(Interrupted):
             await run_phase(session, phase)
         session.stop.clear()
+        stop_when_judging.set()
+        with pytest.raises(Interrupted):
+            await run_phase(session, phase)
+        session.stop.clear()
+        stop_when_judging.clear()
         await run_phase(session, phase)
     finally:
         await session.close()

@@ -15,17 +15,19 @@ from PIL import Image
 from prism_ray.config.load import load_config
 from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.run import RunSettings
-from prism_ray.discriminator.model import build_discriminator, save_new
+from prism_ray.discriminator.model import create_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.probes import PROBES
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.report.metrics import MetricsLog, read_metrics
 from prism_ray.report.summary import Summary
-from prism_ray.response import VIEWS, render
+from prism_ray.response import render
 from prism_ray.stages.session import Session
 from prism_ray.stages.warmup import WORST_FILE, WeakDiscriminator, _train
 from prism_ray.verify.answer import truth_of
+
+VIEW_NAMES = ("perception", "reasoning")
 
 REFERENCE = render(" red one two", " max one", " one")
 SMALL = [
@@ -76,11 +78,11 @@ def folder(cluster, tmp_path_factory):
     sizes = TinyModelSettings(hidden_size=64, layers=2, heads=2, key_value_heads=1, mlp_size=96, vision_mlp_size=64)
     build_tiny(made / "policy", ["red", "one", "two", "max", "count"], sizes, seed=0)
     settings = load_config(RunSettings, None, SMALL).discriminator
-    save_new(build_discriminator(made / "policy", settings, seed=0), made / "judge", made / "policy")
+    create_discriminator(made / "policy", made / "judge", settings, seed=0)
     return made
 
 
-def warm_up(folder, runs, *overrides: str, same: bool = False):
+def warm_up(folder, runs, *overrides: str, same: bool = False, start: str = "judge"):
     """Train with these settings; the steps taken, the rows of metrics and the session's folder."""
     settings = load_config(RunSettings, None, [f"runs={runs}", *SMALL, *overrides])
     metrics = MetricsLog(runs / "tiny")
@@ -91,7 +93,7 @@ def warm_up(folder, runs, *overrides: str, same: bool = False):
 
     async def scenario() -> int:
         judge = await DiscriminatorPool.start(
-            folder / "judge", settings.discriminator, 128, options={"num_cpus": 1}, truth=truth_of
+            folder / start, settings.discriminator, 128, options={"num_cpus": 1}, truth=truth_of
         )
         try:
             return await _train(session, "warmup", engines, judge, stream)
@@ -111,7 +113,7 @@ def test_a_warm_up_stops_at_its_target_and_says_how_good_the_judge_is(folder, tm
     rows = read_metrics(session.folder / "metrics.jsonl")
     last = rows[-1]
     assert last["step"] == steps == rows[-2]["step"], "the examination is a row of its own"
-    for view in VIEWS:
+    for view in VIEW_NAMES:
         assert 0 <= last[f"discriminator/calibration_error/{view}_held_out"] <= 1
         assert last[f"discriminator/pair_accuracy/{view}_held_out"] >= 0.9
         for probe in PROBES:
@@ -130,11 +132,11 @@ def test_the_pairs_it_is_most_wrong_about_are_written_with_their_ids_even_if_it_
         )  # fmt: skip
     lines = (tmp_path / "tiny" / "warmup" / WORST_FILE).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    counts = {view: sum(row["view"] == view for row in rows) for view in VIEWS}
+    counts = {view: sum(row["view"] == view for row in rows) for view in VIEW_NAMES}
     assert set(counts.values()) == {10}
     held_out = {f"prompt-{i}" for i in range(12)}
     assert all(row["prompt_id"] in held_out and row["rollout"] in (0, 1) for row in rows)
-    for view in VIEWS:
+    for view in VIEW_NAMES:
         gaps = [row["gap"] for row in rows if row["view"] == view]
         assert gaps == sorted(gaps)
     assert all(row["response"] != row["reference"] and row["image"] for row in rows)
@@ -144,3 +146,15 @@ def test_a_view_without_a_differing_pair_counts_as_untaught(folder, tmp_path):
     with pytest.raises(WeakDiscriminator, match="is 0.00 .perception., 0.00 .reasoning."):
         warm_up(folder, tmp_path, "warmup.max_steps=1", same=True)
     assert (tmp_path / "tiny" / "warmup" / WORST_FILE).read_text() == ""
+
+
+def test_whole_responses_are_warmed_up_on_as_one_view_and_a_watched_view_is_not_waited_for(folder, tmp_path):
+    watched = "{name: seen, tags: [caption], weight: 0}, {name: rest, tags: [think, answer]}"
+    for name, views in (("whole", "{name: whole, tags: [caption, think, answer]}"), ("watched", watched)):
+        override = f"discriminator.views=[{views}]"
+        settings = load_config(RunSettings, None, [*SMALL, override]).discriminator
+        create_discriminator(folder / "policy", folder / name, settings, seed=0)
+        with pytest.raises(WeakDiscriminator) as error:
+            warm_up(folder, tmp_path / name, override, "warmup.max_steps=1", "warmup.target_accuracy=1", start=name,
+                    same=True)  # fmt: skip
+        assert f"0.00 ({'whole' if name == 'whole' else 'rest'})" in str(error.value) and "seen" not in str(error.value)
