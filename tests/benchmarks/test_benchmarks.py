@@ -96,6 +96,7 @@ def test_a_simulated_engine_decodes_as_continuous_batching_does():
     assert busy == pytest.approx(3 * 2.0 + 1.5)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", WITH_ENGINES)
 def test_a_quick_run_with_engines_ends_with_its_result(name):

@@ -11,6 +11,8 @@ import pytest
 from prism_ray.runtime.journal import JournalError, segments
 from tests.chaos.world import World, actors, check_no_orphans, logged, strike
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run():

@@ -30,6 +30,8 @@ SMALL = [
     f"rlvr.loop.groups_per_step={GROUPS}", "rlvr.loop.checkpoint_every=2",
 ]  # fmt: skip
 
+pytestmark = pytest.mark.long
+
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "jobs" / "align.py"), f"runs={folder}", *SMALL, *more]

@@ -107,7 +107,7 @@ def check_metrics(run: Path) -> None:
 def check_each_prompt_trained_once(run: Path) -> None:
     """Every update of alignment took two groups; over interruption and resume no stream position came twice."""
     record = read_record(run / "journal" / "align")
-    trained = [record.positions[group] for version in range(4) for group in record.updates[version]]
+    trained = [record.tickets[group]["position"] for version in range(4) for group in record.updates[version]]
     assert len(trained) == 8 and len(set(trained)) == 8
 
 

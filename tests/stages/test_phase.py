@@ -23,7 +23,7 @@ SMALL = [
     "verify.environment=slow_environment:prism-test/Parity-v0",
     "rollout.cpus_per_engine=0.5", "rollout.kv_cache_gb=0.1", "learner.cpus_per_rank=0.5", "rollout.group_size=2",
     "rollout.max_response_tokens=48", "rlvr.max_response_tokens=20",
-    "rlvr.updates=3", "rlvr.loop.groups_per_step=2", "rlvr.loop.checkpoint_every=1",
+    "rlvr.updates=3", "rlvr.loop.groups_per_step=4", "rlvr.loop.checkpoint_every=1",
     "rlvr.loop.dynamic_sampling=accuracy",
     "learner.lr=1e-3", "rlvr.optimiser.lr=4e-4", "rlvr.optimiser.warmup_steps=4",
     *(f"testbed.{split}=8" for split in ("pretrain", "base", "sft", "align", "evaluate", "evaluate_unseen")),
@@ -52,7 +52,7 @@ def test_a_phase_has_its_own_length_optimiser_and_groups_and_is_resumed_with_the
     assert any(row["rollout/truncated_share"] > 0 for row in rows), "nothing was cut, so nothing was tested"
     assert all(row["reward/equal_groups"] == 0 and row["group/highest/accuracy"] == 1 for row in rows)
     assert any(row.get("reward/dropped_share", 0) > 0 for row in rows), "nothing was dropped, so nothing was tested"
-    assert len(state.groups) == 6 < len(state.consumed)
+    assert len(state.groups) == 12 < len(state.consumed)
     assert sorted(state.consumed) == list(range(len(state.consumed))), "every prompt was used once"
 
 
