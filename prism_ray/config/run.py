@@ -109,3 +109,14 @@ class RunSettings(Settings):
                     f"it to the longest response, {limit}; remove it, or set {name}.max_response_tokens"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _gate_reaches_the_policy(self) -> Self:
+        judge = self.discriminator
+        gating = "gate" if judge.gate else "guard's freeze_policy" if judge.guard.may("freeze_policy") else ""
+        if gating and self.align.advantage.estimator == "prism_paper":
+            raise ValueError(
+                f"align.advantage.estimator prism_paper normalises the sum of the views, which undoes discriminator."
+                f"{gating}; set prism_code or bounded_views, or unset that"
+            )
+        return self

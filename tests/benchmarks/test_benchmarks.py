@@ -26,6 +26,7 @@ ALONE = {
 }
 """Benchmarks that start neither Ray nor vLLM, with ratios that must be there."""
 WITH_ENGINES = {
+    "alignment": set(),
     "async_vs_sync": {"1_engines_staleness_1_over_sync", "1_engines_staleness_1_over_trl"},
     "weight_sync": {"total_over_copy_1M", "paused_over_copy_1M", "write_over_copy_10M"},
 }
