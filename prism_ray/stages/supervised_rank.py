@@ -48,6 +48,8 @@ class Rank:
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(max(1, math.ceil(job.settings.cpus_per_rank)))
         self.policy = load_policy(job.checkpoint_in, getattr(torch, job.settings.precision))
+        if job.settings.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         freeze(self.policy, job.settings.freeze)
         self.phase, self.step, self.bad = 0, 0, 0
         self.terms = 1.0
