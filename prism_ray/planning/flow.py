@@ -146,12 +146,13 @@ def _training_rate(model: Architecture, again: bool, hardware: Hardware, setting
 def _judging(
     settings: RunSettings, judge: Architecture, hardware: Hardware, groups: int, prompt: float, response: float
 ) -> float:
-    """Seconds of the judge's update (pairs are counted as if padded) and, without scorers, of judging."""
+    """Seconds of the judge's update and, without scorers, of judging. Each view reads the prompt once and then the
+    reference and the rollouts, at most whole."""
     d = settings.discriminator
     if not d.gpus_per_rank:
         return 0.0
-    pairs = groups * min(d.rollouts_per_update, settings.rollout.group_size) * d.updates_per_step
-    trained = 2 * pairs * len(d.views) * (prompt + response / len(d.views)) * (8 if d.gradient_checkpointing else 6)
-    judged = 0.0 if d.scorers else groups * (prompt + (settings.rollout.group_size + 1) * response) * 2
-    speed = hardware.gpu_tflops * 1e12 * MFU * d.ranks * d.gpus_per_rank
-    return (trained + judged) * judge.active / speed
+    rollouts = min(d.rollouts_per_update, settings.rollout.group_size)
+    trained = groups * d.updates_per_step * len(d.views) * (prompt + (rollouts + 1) * response)
+    judged = 0.0 if d.scorers else groups * len(d.views) * (prompt + (settings.rollout.group_size + 1) * response)
+    operations = (trained * (8 if d.gradient_checkpointing else 6) + judged * 2) * judge.active
+    return operations / (hardware.gpu_tflops * 1e12 * MFU * d.ranks)

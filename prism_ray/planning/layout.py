@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from prism_ray.config.discriminator import DiscriminatorSettings
+from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.run import STAGES, RunSettings, StageName
+from prism_ray.config.trainer import TrainerSettings
 
 Resource = Literal["CPU", "GPU"]
 RESOURCES: tuple[Resource, ...] = ("GPU", "CPU")
@@ -21,6 +23,8 @@ TINY = 1e-9
 """Sums of fractions are compared up to this."""
 
 LEARNER, TRAINER, JUDGE_RANKS, VERIFIERS, READERS = "learner", "trainer", "judge ranks", "verifiers", "readers"
+SCORERS = "scorer"
+"""What the names of the scorers' groups begin with."""
 SHARE = 0.5
 """Of a GPU that an engine and a learner rank have together, what each is granted: half, since both see all of it."""
 
@@ -37,7 +41,7 @@ def engine(index: int) -> str:
 
 def scorer(index: int) -> str:
     """The name of a scorer's group."""
-    return f"scorer {index}"
+    return f"{SCORERS} {index}"
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,15 @@ class Bundle:
 @dataclass(frozen=True)
 class Group:
     """Bundles that are reserved at once. `pack`: on as few nodes as can be, since their actors talk to each other all
-    the time; `anywhere`: wherever there is room. A single bundle lies on one node in any case."""
+    the time; `anywhere`: wherever there is room. A single bundle lies on one node in any case.
+
+    Ray Train makes the trainer's placement group; readers and verifiers have none and take what is free."""
 
     name: str
     bundles: tuple[Bundle, ...]
     strategy: Literal["pack", "anywhere"]
     setting: str
     """What of the configuration asks for it, with its value."""
-    reserved: bool = True
-    """Whether it becomes a placement group of ours; Ray Train makes that of the trainer, and readers and verifiers take
-    what is free."""
 
     def total(self, resource: Resource) -> float:
         return sum(bundle.of(resource) for bundle in self.bundles)
@@ -83,10 +86,6 @@ class Layout:
 
     stage: str
     groups: tuple[Group, ...]
-
-    def named(self, *prefixes: str) -> tuple[Group, ...]:
-        """The groups whose names begin so and that are placement groups of ours."""
-        return tuple(g for g in self.groups if g.reserved and g.name.startswith(prefixes))
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,18 @@ def layout(stage: StageName, settings: RunSettings) -> Layout:
     if stage in SAMPLING or set(before) & set(s.stages) & set(SAMPLING):
         groups += engines(s.rollout, s)
     if stage in SUPERVISED:
-        bundles = (Bundle(s.trainer.cpus_per_rank, s.trainer.gpus_per_rank),) * s.trainer.ranks
-        groups.append(Group(TRAINER, bundles, "pack", f"trainer.ranks = {s.trainer.ranks}", reserved=False))
+        groups.append(trainer(s.trainer))
     if stage in TRAINED and s.cluster.layout == "split":
-        bundles = (Bundle(s.learner.cpus_per_rank, s.learner.gpus_per_rank),) * s.learner.ranks
-        groups.append(Group(LEARNER, bundles, "pack", f"learner.ranks = {s.learner.ranks}"))
+        groups.append(learner(s.learner))
     if stage in JUDGED:
         groups += judge(s.discriminator)
     if stage in TRAINED and stage != "align" and s.verify.worker_cpus:
         setting = f"verify.workers = {s.verify.workers}"
         bundles = (Bundle(s.verify.worker_cpus),) * s.verify.workers
-        groups.append(Group(VERIFIERS, bundles, "anywhere", setting, reserved=False))
+        groups.append(Group(VERIFIERS, bundles, "anywhere", setting))
     if _computes(stage, s):
         setting = f"corpora.readers = {s.corpora.readers}"
-        groups.append(Group(READERS, (Bundle(s.corpora.reader_cpus),) * s.corpora.readers, "anywhere", setting, False))
+        groups.append(Group(READERS, (Bundle(s.corpora.reader_cpus),) * s.corpora.readers, "anywhere", setting))
     return Layout(stage, tuple(groups))
 
 
@@ -141,6 +138,18 @@ def engines(rollout: RolloutSettings, settings: RunSettings | None = None) -> li
     if rollout.gpus_per_engine > 1:
         setting += f" with rollout.gpus_per_engine = {rollout.gpus_per_engine}"
     return [Group(engine(i), (bundle,), "anywhere", setting) for i in range(rollout.engines)]
+
+
+def learner(settings: LearnerSettings) -> Group:
+    """The learner's ranks where they have GPUs of their own."""
+    bundles = (Bundle(settings.cpus_per_rank, settings.gpus_per_rank),) * settings.ranks
+    return Group(LEARNER, bundles, "pack", f"learner.ranks = {settings.ranks}")
+
+
+def trainer(settings: TrainerSettings) -> Group:
+    """The ranks of a supervised stage, which Ray Train places, packed by its default."""
+    bundles = (Bundle(settings.cpus_per_rank, settings.gpus_per_rank),) * settings.ranks
+    return Group(TRAINER, bundles, "pack", f"trainer.ranks = {settings.ranks}")
 
 
 def judge(settings: DiscriminatorSettings) -> list[Group]:
@@ -245,8 +254,9 @@ def _check_totals(plan: Layout, nodes: Sequence[Node]) -> None:
         asked = sum(group.total(resource) for group in plan.groups)
         if asked > there[resource] + TINY:
             raise Misfit(
-                f"the configuration asks for {asked:g} {resource}s in stage {plan.stage} ({_askers(plan, resource)}) but "
-                f"the cluster has {there[resource]:g}; lower one of these or what each books, or use a larger cluster"
+                f"the configuration asks for {asked:g} {resource}s in stage {plan.stage} ({_askers(plan, resource)}) "
+                f"but the cluster has {there[resource]:g}; lower one of these or what each books, or use a larger "
+                "cluster"
             )
 
 

@@ -64,8 +64,8 @@ def make_plan(settings: RunSettings, hardware: Hardware, rates: Mapping[str, Rat
     needed = sum(item.bytes for item in plan.disk)
     if hardware.disk_gib is not None and needed > hardware.disk_gib * GIB:
         plan.problems.append(
-            f"the run's folder will hold {needed / GIB:.0f} GiB but {hardware.disk_gib:.0f} GiB are free; set runs to a "
-            "larger disk, or journal.keep to false"
+            f"the run's folder will hold {needed / GIB:.0f} GiB but {hardware.disk_gib:.0f} GiB are free; set runs to "
+            "a larger disk, or journal.keep to false"
         )
     plan.problems = list(dict.fromkeys(plan.problems))
     return plan

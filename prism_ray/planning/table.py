@@ -104,15 +104,12 @@ def _disk(plan: Plan) -> Table:
 
 
 def _assumptions(plan: Plan) -> str:
-    where = f"{plan.hardware.gpu_gib:g} GiB a GPU, {CONTEXT / GIB:g} of them for CUDA and NCCL"
-    text = (
-        f"assumed: {where}; responses of {flows.RESPONSE_SHARE:g} and prompts of {flows.PROMPT_SHARE:g} of the longest"
-    )
-    if plan.hardware.gpus:
-        text += (
-            f"; {plan.hardware.gpu_tflops:g} Tflop/s x {flows.MFU:g} in training, {plan.hardware.gpu_tb_per_s:g} TB/s x "
-            f"{flows.MEMORY_EFFICIENCY:g} in decoding"
-        )
+    h = plan.hardware
+    text = f"assumed: {h.gpu_gib:g} GiB a GPU, {CONTEXT / GIB:g} of them for CUDA and NCCL; responses of "
+    text += f"{flows.RESPONSE_SHARE:g} and prompts of {flows.PROMPT_SHARE:g} of the longest"
+    if h.gpus:
+        text += f"; {h.gpu_tflops:g} Tflop/s x {flows.MFU:g} in training, {h.gpu_tb_per_s:g} TB/s x "
+        text += f"{flows.MEMORY_EFFICIENCY:g} in decoding"
     return text + ". Rates that a run has measured (--measured) take the place of assumed ones."
 
 

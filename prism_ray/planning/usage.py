@@ -133,20 +133,22 @@ def _engine(s: RunSettings, policy: Architecture, hardware: Hardware) -> Usage:
 def _rank(s: RunSettings, judge: Architecture) -> Usage:
     d = s.discriminator
     state = training_state(judge.total, judge.total, d.optimiser, d.ranks)
-    tokens = max(d.micro_batch_tokens, s.rollout.max_prompt_tokens + d.max_segment_tokens)
+    # The pairs of a view of a group are never split: the prompt once, and the reference with all its rollouts.
+    longest = min(s.align.response_limit(s.rollout), len(d.views) * d.max_segment_tokens)
+    rollouts = max(min(d.rollouts_per_update, s.rollout.group_size), s.warmup.rollouts)
+    tokens = max(d.micro_batch_tokens, s.rollout.max_prompt_tokens + (rollouts + 1) * longest)
     visual = min(tokens, s.rollout.max_prompt_tokens) if d.sees_images else 0
     run = Pass(tokens, visual, d.optimiser.precision, d.gradient_checkpointing)
     cures = "set discriminator.gradient_checkpointing to true, discriminator.optimiser.offload to optimizer, raise "
-    cures += "discriminator.gpus_per_rank (up to 1) or discriminator.ranks, or lower discriminator.max_segment_tokens"
+    cures += "discriminator.gpus_per_rank (up to 1), or lower discriminator.rollouts_per_update"
     memory = replace(state, activations=activations(judge, run))
     return Usage("judge rank", "warmup, align", memory, d.gpus_per_rank, cures)
 
 
 def _scorer(s: RunSettings, judge: Architecture) -> Usage:
     d = s.discriminator
-    tokens = max(d.micro_batch_tokens, s.rollout.max_prompt_tokens + d.max_segment_tokens)
-    visual = min(tokens, s.rollout.max_prompt_tokens) if d.sees_images else 0
-    run = Pass(tokens, visual, d.optimiser.precision)
+    tokens = max(d.micro_batch_tokens, s.rollout.max_prompt_tokens + s.align.response_limit(s.rollout))
+    run = Pass(tokens, s.rollout.max_prompt_tokens if d.sees_images else 0, d.optimiser.precision)
     size = NUMBER[d.optimiser.precision]
     memory = Memory(weights=judge.total * size, activations=judge_pass(judge, run))
     cures = "raise discriminator.gpus_per_scorer (up to 1), or lower discriminator.micro_batch_tokens"
@@ -202,11 +204,9 @@ def host_problems(
     for stage, groups in placed.items():
         held: dict[str, int] = {}
         for name, nodes in groups.items():
-            for actor in names.get(name.rstrip("0123456789 "), ()):
-                if actor == "learner rank" and stage not in layout.TRAINED:
-                    continue
-                usage = kinds.get(actor)
-                for node in nodes if usage else ():
+            actors = (actor for actor in names.get(name.rstrip("0123456789 "), ()) if actor in kinds)
+            for usage in (kinds[a] for a in actors if a != "learner rank" or stage in layout.TRAINED):
+                for node in nodes:
                     held[node] = held.get(node, 0) + usage.memory.host + (0 if usage.share else usage.memory.device)
         limit = hardware.node_gib * GIB
         for node, needed in held.items():

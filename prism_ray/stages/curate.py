@@ -31,10 +31,11 @@ from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import PromptStream, read_prompts
 from prism_ray.models.load import check_policy
+from prism_ray.planning.layout import Layout, engines
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
-from prism_ray.runtime import cluster
+from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
@@ -90,9 +91,7 @@ def _stats(files: Sequence[Path]) -> list[Any]:
 def start_cluster(settings: CurateSettings) -> None:
     """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
-    rollout = settings.rollout
-    engines = {"CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine}
-    cluster.require({f"rollout.engines = {rollout.engines}": engines}, settings.cluster)
+    placement.check([Layout("curate", tuple(engines(settings.rollout)))], settings.cluster)
 
 
 async def curate(settings: CurateSettings) -> dict[str, Any] | None:
