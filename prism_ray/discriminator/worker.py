@@ -94,8 +94,6 @@ class Rank(Judging):
     def connect(self, rank: int, host: str, port: int, seed: int) -> None:
         """Join the process group and build the trainer."""
         model = self._load(self.settings.cpus_per_rank)
-        if self.settings.gradient_checkpointing:
-            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         init_process_group(rank, self.settings.ranks, host, port, self.settings.timeout_s)
         self.trainer = DiscriminatorTrainer(model, self.encoder, self.settings, seed=seed, truth=self.truth)
         self.model = model

@@ -145,7 +145,8 @@ class Engine:
     async def health(self) -> dict[str, int]:
         """What the engine says of itself; raises if it cannot work any more."""
         await self._llm.check_health()
-        return {"version": self.version, "running": self._llm.get_num_unfinished_requests(), "pid": os.getpid()}
+        running, asleep = self._llm.get_num_unfinished_requests(), await self._llm.is_sleeping()
+        return {"version": self.version, "running": running, "asleep": int(asleep), "pid": os.getpid()}
 
     async def alive(self) -> None:
         """Answers once vLLM's own process has, which it does between two steps.

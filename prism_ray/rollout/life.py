@@ -81,13 +81,12 @@ class PoolEngine(Load):
         self._limit_s = limit_s
         self._following = asyncio.create_task(self._follow(every_s))
 
-    async def sleep(self, limit_s: float) -> Exception | None:
-        """Give the GPU's memory back; what went wrong, if the engine is of no more use."""
+    async def sleep(self, limit_s: float, lost: Callable[[PoolEngine, Exception], None]) -> None:
+        """Give the GPU's memory back; `lost` is told if the engine is of no more use."""
         try:
             await self.watched.answer(self.watched.actor.sleep.remote(), "go to sleep", limit_s)
         except (Lost, EngineFailed, TimeoutError) as error:
-            return error
-        return None
+            lost(self, error)
 
     def leave(self, job: Job) -> None:
         super().leave(job)

@@ -64,8 +64,7 @@ class RolloutPool:
     async def create(
         cls, folder: str | Path, settings: RolloutSettings, version: int = 0, places: Places = ANYWHERE
     ) -> RolloutPool:
-        """Start all engines on the Hugging Face checkpoint in `folder`, whose weights count as `version`; `places` says
-        where each goes."""
+        """Start all engines, at their `places`, on the checkpoint in `folder`, whose weights count as `version`."""
         pool = cls(Path(folder).absolute(), settings, version, places)
         try:
             await pool.resize(settings.engines)
@@ -125,10 +124,8 @@ class RolloutPool:
         """Let all engines, which must have nothing to do, give the memory of their GPUs back until they are given new
         weights; one that is lost meanwhile is started again only then."""
         self._awake.clear()
-        engines, limit = list(self._ready.values()), self.settings.control_timeout_s
-        for engine, error in zip(engines, await asyncio.gather(*(e.sleep(limit) for e in engines)), strict=True):
-            if error is not None:
-                self._bury(engine, error)
+        limit = self.settings.control_timeout_s
+        await asyncio.gather(*(engine.sleep(limit, self._bury) for engine in list(self._ready.values())))
 
     async def resize(self, engines: int) -> None:
         """Have so many engines, while the others go on: what a reload with another `rollout.engines` calls.
@@ -332,12 +329,8 @@ class RolloutPool:
         """Start engine `index` and admit it once it holds the weights that the others hold."""
         s = self.settings
         name = f"rollout engine {index}"
-        options: dict[str, Any] = {
-            "num_cpus": s.cpus_per_engine,
-            "num_gpus": s.gpus_per_engine,
-            "runtime_env": {"env_vars": environment(s)},
-        }
-        options |= await self._places.take(index)
+        options: dict[str, Any] = {"num_cpus": s.cpus_per_engine, "num_gpus": s.gpus_per_engine}
+        options |= {"runtime_env": {"env_vars": environment(s)}} | await self._places.take(index)
         actor = ENGINE_ACTOR.options(**options).remote(name, self._folder, s, s.seed + index)
         watched = Watched(name, actor, s.heartbeat_s)
         try:
@@ -390,12 +383,8 @@ class RolloutPool:
         try:
             await self._awake.wait()
             await self._start(index)
-            log.warning(
-                "rollout engine %d is back after %.0f s with the weights of version %d",
-                index,
-                time.monotonic() - began,
-                self._weights.version,
-            )
+            taken, version = time.monotonic() - began, self._weights.version
+            log.warning("rollout engine %d is back after %.0f s with the weights of version %d", index, taken, version)
         except Exception as error:  # whatever it is, whoever waits for an engine must hear of it
             failure = error
         finally:
