@@ -3,10 +3,10 @@
     python benchmarks/memory_model.py [--quick]
 
 A small Qwen3-VL is built and updated twice by the learner's own code and DeepSpeed, each case in a process of its own.
-`state` is what lies in memory after an update (weights and optimiser), `gradients` what is there beside it when the
-optimiser's step begins (with ZeRO 1 and 2 that includes DeepSpeed's bucket), `peak` the most that the second update
-adds to the state at any moment. On a CPU every tensor that an operation returns is counted while it lives, which
-leaves out what kernels need inside; on CUDA the allocator counts. A ratio is predicted over measured.
+`state` is what lies in memory after an update (weights and optimiser), `gradients` what has come when the optimiser's
+step begins (with ZeRO 1 and 2 that includes DeepSpeed's bucket), `peak` the most that the second update adds to the
+state at any moment. On a CPU every tensor that an operation returns is counted while it lives, which leaves out what
+kernels need inside; on CUDA the allocator counts. A ratio is predicted over measured.
 """
 
 from __future__ import annotations
@@ -102,13 +102,14 @@ class Watched:
 
     def __init__(self, engine: TrainEngine) -> None:
         self._engine, self.device = engine, engine.device
-        self.tokens = self.visual = self.at_step = 0
+        self.tokens = self.visual = self.at_start = self.at_step = 0
 
     @property
     def equal_forwards(self) -> bool:
         return self._engine.equal_forwards
 
     def run(self, function: Any, batch: Any, **options: Any) -> Any:
+        self.at_start = self.at_start or held()
         self.tokens = max(self.tokens, batch.computed_tokens)
         self.visual = max(self.visual, int(batch.grid_thw.prod(dim=1).sum()) // 4)
         return self._engine.run(function, batch, **options)
@@ -141,10 +142,11 @@ def child(case: str, folder: str, file: str) -> None:
     watched = Watched(engine)
     update(watched, work, RECIPE, 0, encoder.banned_ids)
     state = held() - before
+    watched = Watched(engine)
     with Live() as live:
         update(watched, work, RECIPE, 1, encoder.banned_ids)
     measured = {
-        "state": state, "gradients": watched.at_step - before - state, "peak": live.highest, "tokens": watched.tokens,
+        "state": state, "gradients": watched.at_step - watched.at_start, "peak": live.highest, "tokens": watched.tokens,
         "visual": watched.visual,
     }  # fmt: skip
     if torch.cuda.is_available():

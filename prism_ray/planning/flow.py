@@ -22,6 +22,8 @@ MEMORY_EFFICIENCY = 0.6
 """Assumed share of a GPU's memory bandwidth that decoding reaches."""
 RESPONSE_SHARE = 0.3
 """Assumed mean length of a response as a share of the longest. The paper's runs end near 2,900 of 8,192 tokens."""
+WAITS_LITTLE = 0.1
+"""Share of its time: a learner that waits for less is what the others wait for."""
 PROMPT_SHARE = 0.5
 """Assumed mean length of a prompt, image included, as a share of the longest."""
 
@@ -35,6 +37,8 @@ class Rates:
     response: float | None = None
     prompt: float | None = None
     source: str = "assumed"
+    engines_waited: bool = False
+    """The learner hardly ever waited, so engines did: what they sampled says nothing of what they could have."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,18 @@ def measured(rows: Iterable[Mapping[str, Any]], stage: str, settings: RunSetting
     pool, engines = mean("rollout/tokens_per_second"), mean("rollout/engines") or settings.rollout.engines
     response = mean("rollout/response_tokens")
     busy = [float(r["time/step_s"]) * (1 - float(r.get("learner/wait_share", 0.0))) for r in mine]
-    phase = phases(settings)[stage]
+    waited = sum(float(r.get("learner/wait_share", 0.0)) for r in mine) / len(mine) < WAITS_LITTLE
     rank = None
     if response is not None and sum(busy):
-        tokens = phase.loop.groups_per_step * settings.rollout.group_size * response
+        tokens = _tokens(phases(settings)[stage], settings, PROMPT_SHARE * settings.rollout.max_prompt_tokens, response)
         rank = tokens / (sum(busy) / len(busy)) / settings.learner.ranks
-    return Rates(None if pool is None else pool / engines, rank, response, None, f"measured in {source}")
+    engine = None if pool is None else pool / engines
+    return Rates(engine, rank, response, None, f"measured in {source}", waited)
+
+
+def _tokens(phase: PhaseSettings, settings: RunSettings, prompt: float, response: float) -> float:
+    """Tokens of an update; a prompt is computed once for its rollouts."""
+    return phase.loop.groups_per_step * (prompt + settings.rollout.group_size * response)
 
 
 def phases(settings: RunSettings) -> dict[str, PhaseSettings]:
@@ -102,22 +112,24 @@ def flow(
     response = rates.response or RESPONSE_SHARE * longest
     prompt = rates.prompt or PROMPT_SHARE * r.max_prompt_tokens
     sequences = (ahead + 1) * groups * r.group_size
-    per_engine = min(r.max_concurrent, (kv_tokens or float("inf")) / (prompt + response / 2))
+    held = float("inf") if kv_tokens is None else kv_tokens / (prompt + response / 2)
+    per_engine = max(1.0, min(r.max_concurrent, held))
     under_way = (ahead + 1) * groups * (r.max_prompt_tokens + r.group_size * longest)
     room = per_engine * r.engines
     found = Flow(stage, sequences, under_way, room, source=rates.source)
     batch = min(per_engine, sequences / r.engines)
     step_s = _decoding_step(policy, r.dtype, r.gpus_per_engine, batch * (prompt + response / 2), hardware)
     engine = rates.engine or (batch / step_s if step_s else None)
-    tokens = groups * (prompt + r.group_size * response)
     rank = rates.rank or _training_rate(policy, settings.learner.gradient_checkpointing, hardware, settings)
     if engine is None or rank is None:
         return found
     generate = groups * r.group_size * response / (engine * r.engines)
-    train = tokens / (rank * settings.learner.ranks)
+    train = _tokens(phase, settings, prompt, response) / (rank * settings.learner.ranks)
+    if rates.engines_waited:
+        generate = min(generate, train)
     judging = _judging(settings, judge, hardware, groups, prompt, response) if stage == "align" else 0.0
     taking = {"generation": generate, "the judge": judging, "the learner": train}
-    slowest = max(taking, key=lambda name: taking[name])
+    slowest = max(reversed(taking), key=lambda name: taking[name])  # of equals the last
     if ahead:
         update = taking[slowest]
     else:  # in turn, and an update waits for the longest response

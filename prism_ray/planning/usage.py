@@ -125,8 +125,9 @@ def _engine(s: RunSettings, policy: Architecture, hardware: Hardware) -> Usage:
         cache = max(0, int(VLLM_SHARE * hardware.gpu_gib * GIB) - memory.device - CONTEXT) if r.gpus_per_engine else 0
     cures = "raise rollout.gpus_per_engine, or lower rollout.kv_cache_gb, rollout.max_batched_tokens or "
     cures += "rollout.max_concurrent"
-    # The weights on their way from the learner, once beside the engine's own, in the host's memory.
-    memory = replace(memory, kv_cache=cache, host=policy.total * 4 // parts)
+    # New weights on their way lie in the host's memory, and so do the engine's own while it sleeps.
+    asleep = memory.weights if s.cluster.layout == "colocated" and r.sleep_level == 1 else 0
+    memory = replace(memory, kv_cache=cache, host=policy.total * 4 // parts + asleep)
     return Usage("engine", "warmup to evaluate", memory, min(1.0, float(r.gpus_per_engine)), cures)
 
 
@@ -181,12 +182,9 @@ def problems_of(usage: Usage, s: RunSettings, policy: Architecture, hardware: Ha
         if s.rollout.kv_cache_gb is None:
             return found  # the configuration refuses that
     if needed > limit:
+        who = "an engine" if usage.actor == "engine" else f"a {usage.actor}"
         kind = "the GPU" if usage.share >= 1 else f"its {usage.share:g} of a GPU"
-        found.append(
-            f"a {usage.actor} needs {_gib(needed)}{what} but {kind} has {_gib(limit)}; {usage.cures}"
-            if usage.actor != "engine"
-            else f"an engine needs {_gib(needed)}{what} but {kind} has {_gib(limit)}; {usage.cures}"
-        )
+        found.append(f"{who} needs {_gib(needed)}{what} but {kind} has {_gib(limit)}; {usage.cures}")
     return found
 
 

@@ -137,10 +137,10 @@ class Placement:
         group, _ = self._held.get(name, (None, None))
         return [self.options(name, i) for i in range(len(group.bundles))] if group is not None else []
 
-    def release(self, *prefixes: str) -> None:
-        """Give back the groups whose names begin so, with whatever actors still run there; all of them without a
-        name."""
-        for name in [n for n in self._held if not prefixes or n.startswith(prefixes)]:
+    def release(self, *kinds: str) -> None:
+        """Give back the groups of these names, numbered ones (`scorer` 0, 1, …) by their kind, with whatever actors
+        still run there; all groups without a name."""
+        for name in [n for n in self._held if not kinds or n in kinds or n.rpartition(" ")[0] in kinds]:
             _, held = self._held.pop(name)
             if held is not None and ray.is_initialized():
                 remove_placement_group(held)

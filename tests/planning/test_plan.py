@@ -154,3 +154,14 @@ def test_measured_rates_take_the_place_of_assumed_ones(capsys, tmp_path):
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("│ align") and "measured" in line]
     assert " 32 " in line, "64 rollouts of 1,500 tokens at 3,000 a second"
+
+
+def test_a_learner_that_never_waited_is_the_bottleneck_whatever_its_engines_sampled(capsys, tmp_path):
+    row = {
+        "stage": "align", "time/step_s": 40.0, "learner/wait_share": 0.01, "rollout/tokens_per_second": 2400.0,
+        "rollout/engines": 3.0, "rollout/response_tokens": 1500.0, "step": 1, "time": 0,
+    }  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, _ = run(capsys, "--config", str(of("4b")), "--measured", str(tmp_path))
+    (line,) = [line for line in out.splitlines() if line.startswith("│ align") and "measured" in line]
+    assert code == 0 and "the learner" in line
