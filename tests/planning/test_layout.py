@@ -102,13 +102,19 @@ def test_ranks_are_packed_by_node_and_engines_fill_what_is_left():
     assert found["learner"][0] != "n0"
 
 
+def test_ranks_fill_a_node_that_is_in_use_before_they_open_another():
+    found = where(group("engine 0", 4), group("learner", *[1] * 4, strategy="pack"), nodes=FOUR)
+    assert set(found["learner"]) == {found["engine 0"][0]}
+
+
 def test_ranks_that_fit_on_no_single_node_lie_on_as_few_as_can_be():
     found = where(group("engine 0", 4), group("learner", *[1] * 16, strategy="pack"), nodes=FOUR)["learner"]
     assert len(set(found)) == 2 and all(found.count(node) == 8 for node in set(found))
 
 
 def test_actors_without_gpus_stay_off_the_nodes_that_have_some():
-    assert where(group("readers", 0, 0), nodes=FOUR)["readers"] == ("head", "head")
+    large = [Node("head", 500, head=True), *FOUR[1:]]
+    assert where(group("readers", 0, 0), nodes=large)["readers"] == ("head", "head")
 
 
 def test_parts_of_a_gpu_share_one_and_do_not_add_up_over_two():
