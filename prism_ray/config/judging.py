@@ -23,6 +23,9 @@ class JudgingSettings(Settings):
     takes turns with engine and learner."""
     gpus_per_rank: float = Field(default=0, ge=0, le=1)
     """GPUs reserved for a rank: 0 (gloo), 1 (NCCL), or a part of one that a scorer shares."""
+    gradient_checkpointing: bool = False
+    """Recompute the ranks' activations in the backward pass: a third more computation for much less memory. A judge of
+    2B with four experts and views of thousands of tokens does not fit on a GPU of 80 GB without it."""
     scorers: int = Field(default=0, ge=0)
     """Processes that only judge, each with a copy of the discriminator, so that verdicts do not wait for training.
     0: the ranks judge between their updates, which is cheapest where all share a few cores."""

@@ -120,3 +120,32 @@ class RunSettings(Settings):
                 f"{gating}; set prism_code or bounded_views, or unset that"
             )
         return self
+
+    @model_validator(mode="after")
+    def _colocated(self) -> Self:
+        """Engine and learner rank share a GPU and take turns: what does not fit that is refused here."""
+        if self.cluster.layout == "split":
+            return self
+        why = "in the colocated layout (cluster.layout) "
+        r, t = self.rollout, self.learner
+        for name, phase in (("align", self.align), ("rlvr", self.rlvr)):
+            if phase.loop.max_staleness:
+                raise ValueError(
+                    f"{why}engines sleep while the learner trains, so {name}.loop.max_staleness = "
+                    f"{phase.loop.max_staleness} cannot be had; set it to 0, or cluster.layout to split"
+                )
+        if t.ranks != r.engines:
+            raise ValueError(
+                f"{why}every learner rank shares its GPU with an engine, but learner.ranks is {t.ranks} and "
+                f"rollout.engines {r.engines}; make them equal"
+            )
+        if r.gpus_per_engine > 1 or r.gpus_per_engine != t.gpus_per_rank:
+            raise ValueError(
+                f"{why}rollout.gpus_per_engine and learner.gpus_per_rank must both be 1 (or 0, on CPUs), but they are "
+                f"{r.gpus_per_engine} and {t.gpus_per_rank:g}"
+            )
+        if r.gpus_per_engine and r.kv_cache_gb is None:
+            raise ValueError(
+                f"{why}rollout.kv_cache_gb must be a number: unset, vLLM would take the memory that the learner keeps"
+            )
+        return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from prism_ray.config.base import Settings
@@ -68,8 +70,13 @@ class ClusterSettings(Settings):
     """CPUs a private cluster offers; unset: those of this machine."""
     object_store_mb: int = Field(default=512, ge=80)
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
-    pending_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing."""
+    pending_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing; what
+    is waited for is logged after ten. A cluster whose autoscaler must first start nodes needs minutes."""
+    layout: Literal["split", "colocated"] = "split"
+    """`split`: engines and learner have GPUs of their own and work at the same time. `colocated`: each learner rank
+    shares its GPU with an engine, which sleeps while the ranks train (`rollout.sleep_level`); so the two take turns,
+    which needs a `max_staleness` of 0. Worth it where there are too few GPUs to divide."""
     max_recoveries: int = Field(default=3, ge=0)
     """How many times in a row a stage may be taken up again from one checkpoint after a learner rank or the judge's
     trainer was lost; the next checkpoint starts the count anew. What dies every time (out of memory) should fail, not

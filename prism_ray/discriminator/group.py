@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ from prism_ray.records import Ratios
 from prism_ray.runtime.supervision import Lost, Watched
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JudgePlaces:
+    """Ray's options for the actor of each rank and of each scorer; empty: wherever Ray finds room."""
+
+    ranks: Sequence[Mapping[str, Any]] = ()
+    scorers: Sequence[Mapping[str, Any]] = ()
+
+
+NO_PLACES = JudgePlaces()
 
 
 async def answer(watched: Watched, call: Any, what: str, settings: DiscriminatorSettings) -> Any:
@@ -62,11 +74,14 @@ class TrainerGroup:
         seed: int,
         truth: Truth | None,
         options: dict[str, Any],
+        places: Sequence[Mapping[str, Any]] = (),
     ) -> TrainerGroup:
-        """Start the ranks on the discriminator in `folder`; `options` go to Ray."""
-        needs = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank}
-        actor = RANK_ACTOR.options(**needs | options)
-        group = cls([actor.remote(folder, settings, max_prompt_tokens, truth) for _ in range(settings.ranks)], settings)
+        """Start the ranks on the discriminator in `folder`; `options` go to Ray for all of them, and of `places` those
+        of each."""
+        needs = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank} | options
+        where = places or [{}] * settings.ranks
+        actors = [RANK_ACTOR.options(**needs | dict(where[rank])) for rank in range(settings.ranks)]
+        group = cls([actor.remote(folder, settings, max_prompt_tokens, truth) for actor in actors], settings)
         try:
             host, port = (await group._all("address"))[0]
             for seat in group.seats:
@@ -134,8 +149,11 @@ class ScorerGroup:
     """The scorers: each is given every new version of the weights, replaced when it is lost, and admitted when it holds
     what the others hold. `seats` are those that are admitted; `failure` is set once there can be no more work."""
 
-    def __init__(self, make: Callable[[], Any], settings: DiscriminatorSettings, changed: Callable[[], None]) -> None:
-        """`make` starts an actor; `changed` is called whenever a seat comes, goes or takes weights."""
+    def __init__(
+        self, make: Callable[[int], Any], settings: DiscriminatorSettings, changed: Callable[[], None]
+    ) -> None:
+        """`make` starts the actor of the scorer of a number; `changed` is called whenever a seat comes, goes or takes
+        weights."""
         self.settings = settings
         self.seats: dict[int, Seat] = {}
         self.failure: Exception | None = None
@@ -219,7 +237,7 @@ class ScorerGroup:
 
     async def _start(self, index: int) -> Seat:
         """Start a scorer and admit it once it holds the weights that the others are given."""
-        actor = self._make()
+        actor = self._make(index)
         seat = Seat(Watched(f"scorer {index}", actor, self.settings.heartbeat_s), actor, UNKNOWN)
         try:
             await self._answer(seat, actor.alive.remote(), "start")
@@ -292,11 +310,17 @@ def scorer_maker(
     max_prompt_tokens: int,
     truth: Truth | None,
     options: dict[str, Any],
-) -> Callable[[], Any]:
-    """What starts the actor of a scorer of the discriminator in `folder`; `options` go to Ray."""
-    needs = {"num_cpus": settings.cpus_per_scorer, "num_gpus": settings.gpus_per_scorer}
-    actor = SCORER_ACTOR.options(**needs | options)
-    return lambda: actor.remote(folder, settings, max_prompt_tokens, truth)
+    places: Sequence[Mapping[str, Any]] = (),
+) -> Callable[[int], Any]:
+    """What starts the actor of a scorer of the discriminator in `folder`, given its number; `options` go to Ray, and
+    of `places` those of its number (a scorer beyond them goes wherever Ray finds room)."""
+    needs = {"num_cpus": settings.cpus_per_scorer, "num_gpus": settings.gpus_per_scorer} | options
+
+    def make(index: int) -> Any:
+        where = dict(places[index]) if index < len(places) else {}
+        return SCORER_ACTOR.options(**needs | where).remote(folder, settings, max_prompt_tokens, truth)
+
+    return make
 
 
 def _end(seat: Seat) -> None:

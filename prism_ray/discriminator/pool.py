@@ -19,7 +19,15 @@ import ray
 
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.discriminator.dispatch import Seat, share_out
-from prism_ray.discriminator.group import ScorerGroup, TrainerGroup, answer, scorer_maker, split_groups
+from prism_ray.discriminator.group import (
+    NO_PLACES,
+    JudgePlaces,
+    ScorerGroup,
+    TrainerGroup,
+    answer,
+    scorer_maker,
+    split_groups,
+)
 from prism_ray.discriminator.guards import Gate, Truth, frozen_views
 from prism_ray.discriminator.probes import Examination
 from prism_ray.discriminator.worker import Said
@@ -68,20 +76,21 @@ class DiscriminatorPool:
         options: dict[str, Any] | None = None,
         seed: int = 0,
         truth: Truth | None = None,
+        places: JudgePlaces = NO_PLACES,
     ) -> DiscriminatorPool:
         """Start all processes on the warmed-up discriminator in `folder` and wait until they are ready.
 
-        `options` are Ray actor options beside those that the settings give. Prompts of more than `max_prompt_tokens`
-        tokens are refused. `seed` decides which older pairs are replayed; with `truth` the metrics say whether scores
-        agree with it.
+        `options` are Ray actor options beside those that the settings give, `places` those of each actor. Prompts of
+        more than `max_prompt_tokens` tokens are refused. `seed` decides which older pairs are replayed; with `truth`
+        the metrics say whether scores agree with it.
         """
         path, more = str(Path(folder).resolve()), options or {}
-        creating = TrainerGroup.create(path, settings, max_prompt_tokens, seed, truth, more)
+        creating = TrainerGroup.create(path, settings, max_prompt_tokens, seed, truth, more, places.ranks)
         if not settings.scorers:
             pool = cls(await creating, None, settings)
             pool._vouch()
             return pool
-        make = scorer_maker(path, settings, max_prompt_tokens, truth, more)
+        make = scorer_maker(path, settings, max_prompt_tokens, truth, more, places.scorers)
         scorers = ScorerGroup(make, settings, lambda: pool._wake())
         trainer = await creating
         pool = cls(trainer, scorers, settings)

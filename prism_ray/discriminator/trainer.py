@@ -76,6 +76,8 @@ class DiscriminatorTrainer:
         self.settings = settings
         self.version = version
         self.truth = truth
+        if settings.gradient_checkpointing:
+            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = SlowableEngine(model, settings.optimiser, total_steps)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.replay = Replay(max(1, settings.replay.pairs // self.ranks), seed + self.rank)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,13 +120,17 @@ class LearnerGroup:
         recipe: Recipe,
         max_prompt_tokens: int,
         total_steps: int | None = None,
-        **actor_options: Any,
+        places: Sequence[Mapping[str, Any]] = (),
     ) -> LearnerGroup:
-        """Start the ranks on the policy in `folder`; `actor_options` go to Ray (placement, names)."""
-        options = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank} | actor_options
-        actor = LEARNER_ACTOR.options(**options)
+        """Start the ranks on the policy in `folder`; `places` are Ray's options for the actor of each (none: wherever
+        Ray finds room)."""
+        needs = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank}
+        where = places or [{}] * settings.ranks
         made = [
-            actor.remote(rank, _absolute(folder), settings, recipe, max_prompt_tokens) for rank in range(settings.ranks)
+            LEARNER_ACTOR.options(**needs | dict(where[rank])).remote(
+                rank, _absolute(folder), settings, recipe, max_prompt_tokens
+            )
+            for rank in range(settings.ranks)
         ]
         group = cls(made, settings)
         try:

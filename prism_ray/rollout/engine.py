@@ -50,6 +50,7 @@ class Engine:
         self._running: dict[str, _Run] = {}
         self._updating = asyncio.Lock()
         self._transfers, self._era = 0, 0
+        self._asleep = False
         self.version = 0
 
     @classmethod
@@ -135,10 +136,17 @@ class Engine:
         files.check_complete(files.shapes_in(found), self._shapes, str(folder))
         return await self._transfer(found, version)
 
+    async def sleep(self) -> None:
+        """Decode nothing and give the GPU's memory back until new weights come (on a CPU vLLM gives nothing back)."""
+        async with self._updating:
+            await self._llm.sleep(self._settings.sleep_level, mode="keep")
+            self._asleep = True
+
     async def health(self) -> dict[str, int]:
         """What the engine says of itself; raises if it cannot work any more."""
         await self._llm.check_health()
-        return {"version": self.version, "running": self._llm.get_num_unfinished_requests(), "pid": os.getpid()}
+        running, asleep = self._llm.get_num_unfinished_requests(), await self._llm.is_sleeping()
+        return {"version": self.version, "running": running, "asleep": int(asleep), "pid": os.getpid()}
 
     async def alive(self) -> None:
         """Answers once vLLM's own process has, which it does between two steps.
@@ -159,6 +167,8 @@ class Engine:
         recompute = self._settings.kv_on_update == "recompute"
         async with self._updating:
             began = time.perf_counter()
+            if self._asleep:
+                await self._llm.wake_up(["weights"])  # keys and values only once the weights' copy is gone again
             await self._llm.pause_generation(mode="keep", clear_cache=recompute)
             await self._llm.start_weight_update()
             update = WeightTransferUpdateRequest({"files": [str(path) for path in paths]})
@@ -168,6 +178,9 @@ class Engine:
                 await self._llm.reset_encoder_cache()  # the vision tower changed as well
             self._transfers += 1  # not the version: another stage's policy may have the same
             await self._label(version)
+            if self._asleep:
+                await self._llm.wake_up(["kv_cache"])
+                self._asleep = False
             await self._llm.resume_generation()
             return {"paused_s": time.perf_counter() - began}
 

@@ -15,6 +15,7 @@ from typing import Any
 from prism_ray.records import Group, Rollout
 from prism_ray.rollout.dispatch import Job, Load
 from prism_ray.rollout.partial import Piece, assembled
+from prism_ray.rollout.sampling import EngineFailed
 from prism_ray.runtime.supervision import Lost, Watched
 
 
@@ -79,6 +80,13 @@ class PoolEngine(Load):
         """Ask for news from now on."""
         self._limit_s = limit_s
         self._following = asyncio.create_task(self._follow(every_s))
+
+    async def sleep(self, limit_s: float, lost: Callable[[PoolEngine, Exception], None]) -> None:
+        """Give the GPU's memory back; `lost` is told if the engine is of no more use."""
+        try:
+            await self.watched.answer(self.watched.actor.sleep.remote(), "go to sleep", limit_s)
+        except (Lost, EngineFailed, TimeoutError) as error:
+            lost(self, error)
 
     def leave(self, job: Job) -> None:
         super().leave(job)

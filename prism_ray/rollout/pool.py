@@ -27,6 +27,7 @@ from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
 from prism_ray.rollout.worker import ENGINE_ACTOR
+from prism_ray.runtime.placement import ANYWHERE, Places
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.runtime.supervision import Lost, Watched
 from prism_ray.weights.files import remove_orphans
@@ -40,8 +41,10 @@ OF_NO_MORE_USE = (Lost, EngineFailed, TimeoutError)
 class RolloutPool:
     """Fulfils `runtime.protocols.Rollouts`. Make one with `create`; it serves all stages of a run, see `load`."""
 
-    def __init__(self, folder: Path, settings: RolloutSettings, version: int):
+    def __init__(self, folder: Path, settings: RolloutSettings, version: int, places: Places = ANYWHERE):
         self._folder, self.settings = folder, settings
+        self._places, self._awake = places, asyncio.Event()
+        self._awake.set()
         self.max_response_tokens: int | None = None
         """Where `generate` cuts a response in the present phase; None: where the settings say."""
         self._weights = Weights(version)
@@ -58,9 +61,11 @@ class RolloutPool:
         self._tokens, self._since = 0, time.monotonic()
 
     @classmethod
-    async def create(cls, folder: str | Path, settings: RolloutSettings, version: int = 0) -> RolloutPool:
-        """Start all engines on the Hugging Face checkpoint in `folder`, whose weights count as `version`."""
-        pool = cls(Path(folder).absolute(), settings, version)
+    async def create(
+        cls, folder: str | Path, settings: RolloutSettings, version: int = 0, places: Places = ANYWHERE
+    ) -> RolloutPool:
+        """Start all engines, at their `places`, on the checkpoint in `folder`, whose weights count as `version`."""
+        pool = cls(Path(folder).absolute(), settings, version, places)
         try:
             await pool.resize(settings.engines)
         except BaseException:
@@ -114,6 +119,13 @@ class RolloutPool:
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Like `publish`, from a checkpoint folder of the same architecture: how another stage takes over the pool."""
         return await self._spread(Weights(version, folder=Path(folder).absolute()))
+
+    async def sleep(self) -> None:
+        """Let all engines, which must have nothing to do, give the memory of their GPUs back until they are given new
+        weights; one that is lost meanwhile is started again only then."""
+        self._awake.clear()
+        limit = self.settings.control_timeout_s
+        await asyncio.gather(*(engine.sleep(limit, self._bury) for engine in list(self._ready.values())))
 
     async def resize(self, engines: int) -> None:
         """Have so many engines, while the others go on: what a reload with another `rollout.engines` calls.
@@ -245,6 +257,7 @@ class RolloutPool:
     # Weights
 
     async def _spread(self, weights: Weights) -> dict[str, float]:
+        self._awake.set()
         async with self._spreading:
             began, before, self._weights = time.monotonic(), self._weights, weights
             if weights.version < before.version:
@@ -316,11 +329,8 @@ class RolloutPool:
         """Start engine `index` and admit it once it holds the weights that the others hold."""
         s = self.settings
         name = f"rollout engine {index}"
-        options: dict[str, Any] = {
-            "num_cpus": s.cpus_per_engine,
-            "num_gpus": s.gpus_per_engine,
-            "runtime_env": {"env_vars": environment(s)},
-        }
+        options: dict[str, Any] = {"num_cpus": s.cpus_per_engine, "num_gpus": s.gpus_per_engine}
+        options |= {"runtime_env": {"env_vars": environment(s)}} | await self._places.take(index)
         actor = ENGINE_ACTOR.options(**options).remote(name, self._folder, s, s.seed + index)
         watched = Watched(name, actor, s.heartbeat_s)
         try:
@@ -371,13 +381,10 @@ class RolloutPool:
         began = time.monotonic()
         failure: Exception | None = None
         try:
+            await self._awake.wait()
             await self._start(index)
-            log.warning(
-                "rollout engine %d is back after %.0f s with the weights of version %d",
-                index,
-                time.monotonic() - began,
-                self._weights.version,
-            )
+            taken, version = time.monotonic() - began, self._weights.version
+            log.warning("rollout engine %d is back after %.0f s with the weights of version %d", index, taken, version)
         except Exception as error:  # whatever it is, whoever waits for an engine must hear of it
             failure = error
         finally:
@@ -394,6 +401,7 @@ class RolloutPool:
         except OF_NO_MORE_USE as error:
             log.warning("%s while it was removed; what it had goes elsewhere", error)
         await self._end(engine)
+        self._places.leave(engine.index)
 
     async def _end(self, engine: PoolEngine) -> None:
         engine.close()

@@ -82,6 +82,11 @@ class EngineWorker:
         return await self._on_engine_loop(self._engine.load(folder, version))
 
     @ray.method(concurrency_group="control")
+    async def sleep(self) -> None:
+        """Give the GPU's memory back until new weights come."""
+        await self._on_engine_loop(self._engine.sleep())
+
+    @ray.method(concurrency_group="control")
     async def health(self) -> dict[str, int]:
         """Raises `EngineFailed` if the engine cannot work any more."""
         return await self._on_engine_loop(self._engine.health())

@@ -1,11 +1,9 @@
-"""Starting or joining the Ray cluster, and refusing at once what it cannot hold."""
+"""Starting or joining the Ray cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Mapping
 
 import ray
 
@@ -37,30 +35,10 @@ def start(settings: ClusterSettings) -> None:
     )
 
 
+def joins(settings: ClusterSettings) -> bool:
+    """Whether the run joins a cluster, which may still grow, and does not start one of its own."""
+    return bool(_address(settings))
+
+
 def _address(settings: ClusterSettings) -> str | None:
     return settings.address or os.environ.get("RAY_ADDRESS")
-
-
-def require(needs: Mapping[str, Mapping[str, float]], settings: ClusterSettings) -> None:
-    """Check that the cluster has what all actors together need: `{"rollout engines (2 x)": {"CPU": 2, "GPU": 2}, …}`.
-
-    Raises ClusterError with one sentence: what is needed, what is there, who asks for most, and what to change. A
-    cluster that was joined may still be growing and is given `pending_timeout_s`.
-    """
-    growing, deadline = bool(_address(settings)), time.monotonic() + settings.pending_timeout_s
-    total = {r: sum(n.get(r, 0.0) for n in needs.values()) for r in ("CPU", "GPU")}
-    while True:
-        there = ray.cluster_resources()
-        missing = [r for r, amount in total.items() if amount > there.get(r, 0.0) + 1e-9]
-        if not missing:
-            return
-        if not growing or time.monotonic() > deadline:
-            break
-        time.sleep(1.0)
-    resource = missing[0]
-    who = ", ".join(f"{name}: {need[resource]:g}" for name, need in needs.items() if need.get(resource))
-    raise ClusterError(
-        f"the configuration asks for {total[resource]:g} {resource}s ({who}) but the cluster has "
-        f"{there.get(resource, 0.0):g}; lower the number of engines or ranks or their {resource.lower()}s, "
-        "or use a larger cluster"
-    )

@@ -31,10 +31,12 @@ from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import PromptStream, read_prompts
 from prism_ray.models.load import check_policy
+from prism_ray.planning import layout
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
-from prism_ray.runtime import cluster
+from prism_ray.runtime import cluster, placement
+from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
@@ -90,9 +92,7 @@ def _stats(files: Sequence[Path]) -> list[Any]:
 def start_cluster(settings: CurateSettings) -> None:
     """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
-    rollout = settings.rollout
-    engines = {"CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine}
-    cluster.require({f"rollout.engines = {rollout.engines}": engines}, settings.cluster)
+    placement.check([layout.Layout("curate", tuple(layout.engines(settings.rollout)))], settings.cluster)
 
 
 async def curate(settings: CurateSettings) -> dict[str, Any] | None:
@@ -170,8 +170,10 @@ async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> No
     stream = PromptStream(settings.prompts, needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})
     engines = verifiers = None
+    held = placement.Placement(settings.cluster)
     try:
-        engines = await RolloutPool.create(settings.policy, seeded)
+        places = EnginePlaces(held, layout.engines(settings.rollout), False, settings.rollout)
+        engines = await RolloutPool.create(settings.policy, seeded, places=places)
         verifiers = VerifierPool(settings.verify)
         with Progress("curate", wanted) as progress:
             await _batches(settings, _Rooms(stream, engines, verifiers), parts, wanted, progress)
@@ -181,6 +183,7 @@ async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> No
             verifiers.shutdown()
         if engines is not None:
             await engines.shutdown()
+        held.release()
 
 
 @dataclass(frozen=True)

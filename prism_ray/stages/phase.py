@@ -99,13 +99,16 @@ class _Learner:
     """The learner as the loop gets it: the journal is told of each update, samples are kept, and `busy` says that one
     is under way (from its start until `on_step` is done), when learner, judge and loop are not of one version."""
 
-    def __init__(self, learner: LearnerGroup, keeper: JournalKeeper, samples: SampleLog):
-        self._learner, self._keeper, self._samples = learner, keeper, samples
+    def __init__(self, learner: LearnerGroup, keeper: JournalKeeper, samples: SampleLog, sleeper: RolloutPool | None):
+        """`sleeper` are engines that share the learner's GPUs: they sleep from here until they get new weights."""
+        self._learner, self._keeper, self._samples, self._sleeper = learner, keeper, samples, sleeper
         self.busy = False
 
     async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
         self.busy = True
         await self._keeper.trained(version, tickets)
+        if self._sleeper is not None:
+            await self._sleeper.sleep()
         metrics = await self._learner.update(tickets, version)
         await self._samples.note(tickets, version)
         return metrics
@@ -171,6 +174,7 @@ class _Rooms:
         for room in reversed(self._built):
             room.shutdown()
         self._built.clear()
+        self.session.leave_places()
 
     async def _build(self) -> None:
         phase, settings = self.phase, self.session.settings
@@ -182,7 +186,8 @@ class _Rooms:
         limit = settings.rollout.max_prompt_tokens
         learner = phase.settings.optimiser.over(settings.learner, phase.updates)
         recipe = recipe_of(settings, phase.settings)
-        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates)
+        places = await self.session.learner_places()
+        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, places)
         self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)
@@ -222,7 +227,8 @@ class _Rooms:
         assert self.engines is not None
         phase = self.phase
         samples = SampleLog(self.session.stage_folder(phase.name), phase.updates)
-        self._learner = _Learner(self.learner, self.keeper, samples)
+        sleeper = self.engines if self.session.colocated else None
+        self._learner = _Learner(self.learner, self.keeper, samples, sleeper)
         rooms = self.remaining, self.engines, self.judge, self._learner, self.keeper
         loop = Loop(*rooms, phase.settings.loop, self._on_step)
         with Progress(phase.name, phase.updates) as self._progress:

@@ -19,8 +19,10 @@ from rich.table import Table
 from prism_ray.config.run import RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.learner.group import LearnerGroup
+from prism_ray.planning import layout
 from prism_ray.records import Group, Ticket
 from prism_ray.runtime import journal
+from prism_ray.runtime.placement import Placement
 from prism_ray.stages.phase import recipe_of
 
 STARTS = {"align": "sft", "rlvr": "align", "rlvr-sft": "sft", "rlvr-references": "references"}
@@ -106,12 +108,15 @@ async def replay(
     if (first := min(record.updates)) and not midway:
         raise ReplayError(f"{folder} begins with update {first + 1}; name the policy of then with --start")
     phase, planned = _phase(settings, stage)
+    held = Placement(settings.cluster)
+    await held.reserve([layout.learner(settings.learner)])
     learner = await LearnerGroup.create(
         start,
         phase.optimiser.over(settings.learner, planned),
         recipe_of(settings, phase),
         settings.rollout.max_prompt_tokens,
         planned,
+        held.all_options(layout.LEARNER),
     )
     try:
         for done, (version, groups) in enumerate(batches(folder, record, salvage), start=1):
@@ -121,6 +126,7 @@ async def replay(
                 break
     finally:
         learner.shutdown()
+        held.release()
 
 
 def _phase(settings: RunSettings, stage: str) -> tuple[PhaseSettings, int]:

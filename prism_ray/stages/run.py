@@ -24,12 +24,13 @@ from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
 from prism_ray.models.tiny import build_tiny
+from prism_ray.planning.layout import TRAINER, layouts, trainer
 from prism_ray.report.html import write_report
 from prism_ray.report.incidents import IncidentLog, reason
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.progress import Progress
 from prism_ray.report.summary import Summary
-from prism_ray.runtime import cluster
+from prism_ray.runtime import cluster, placement
 from prism_ray.stages import supervised
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
@@ -276,6 +277,9 @@ async def _sft(session: Session, name: str, start: str, corpus: str, settings: S
 
 async def _supervised(session: Session, name: str, start: Path, phases: tuple[supervised.Phase, ...]) -> Outcome:
     settings = session.settings
+    # Ray Train would wait for its ranks' resources for ever; once they are seen to be free they are left to it.
+    await session.placement.reserve([trainer(settings.trainer)])
+    session.placement.release(TRAINER)
     before = {p.name: sum(q.settings.steps for q in phases[:i]) for i, p in enumerate(phases)}
     with Progress(name, sum(p.settings.steps for p in phases)) as progress:
 
@@ -313,6 +317,7 @@ async def _align(session: Session) -> Outcome:
             settings.rollout.max_prompt_tokens,
             seed=settings.seed,
             truth=load_truth(settings.evaluate.truth),
+            places=await session.judge_places(),
         )
 
     async def keep_discriminator(trained: StageJudge) -> None:
@@ -384,16 +389,4 @@ def check_inputs(settings: RunSettings) -> None:
 def start_cluster(settings: RunSettings) -> None:
     """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
-    rollout, learner, trainer = settings.rollout, settings.learner, settings.trainer
-    engines = {"CPU": rollout.engines * rollout.cpus_per_engine, "GPU": rollout.engines * rollout.gpus_per_engine}
-    ranks = {"CPU": learner.ranks * learner.cpus_per_rank, "GPU": learner.ranks * learner.gpus_per_rank}
-    supervised = {"CPU": trainer.ranks * trainer.cpus_per_rank, "GPU": trainer.ranks * trainer.gpus_per_rank}
-    engines_label = f"rollout.engines = {rollout.engines}"
-    # The engines stay for the whole run; supervised ranks come before learner ranks and judge, which work side by side.
-    judge = settings.discriminator
-    judge_label = f"discriminator.ranks = {judge.ranks} and discriminator.scorers = {judge.scorers}"
-    looping = {engines_label: engines, f"learner.ranks = {learner.ranks}": ranks}
-    if {"warmup", "align"} & set(settings.stages):
-        looping[judge_label] = judge.needs
-    cluster.require(looping, settings.cluster)
-    cluster.require({engines_label: engines, f"trainer.ranks = {trainer.ranks}": supervised}, settings.cluster)
+    placement.check(layouts(settings), settings.cluster)

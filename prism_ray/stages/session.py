@@ -7,17 +7,20 @@ import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
+from prism_ray.discriminator.pool import JudgePlaces
 from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder
+from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer
 from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.placement import EnginePlaces, Placement
 
 T = TypeVar("T")
 
@@ -40,6 +43,7 @@ class Session:
         self.corpora: dict[str, list[Path]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
+        self.placement = Placement(settings.cluster)
         self._pool: RolloutPool | None = None
 
     def stage_folder(self, stage: str) -> Path:
@@ -57,17 +61,46 @@ class Session:
         of the rollout settings)."""
         if self._pool is None:
             seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
-            self._pool = await RolloutPool.create(policy, seeded, version)
+            self._pool = await RolloutPool.create(policy, seeded, version, self._engine_places())
         else:
             await self._pool.load(policy, version)
         self._pool.max_response_tokens = max_response_tokens
         return self._pool
+
+    @property
+    def colocated(self) -> bool:
+        """Whether engines and learner ranks share GPUs, and so take turns."""
+        return self.settings.cluster.layout == "colocated"
+
+    def _engine_places(self) -> EnginePlaces:
+        settings = self.settings
+        return EnginePlaces(self.placement, engines(settings.rollout, settings), self.colocated, settings.rollout)
+
+    async def learner_places(self) -> list[dict[str, Any]]:
+        """Reserved places for the learner's ranks: of their own, or beside an engine each."""
+        if self.colocated:
+            places = self._engine_places()
+            return [await places.take(rank) for rank in range(self.settings.learner.ranks)]
+        await self.placement.reserve([learner(self.settings.learner)])
+        return self.placement.all_options(LEARNER)
+
+    async def judge_places(self) -> JudgePlaces:
+        """Reserved places for the discriminator's ranks and scorers."""
+        settings = self.settings.discriminator
+        await self.placement.reserve(judge(settings))
+        scorers = [self.placement.options(scorer(i)) for i in range(settings.scorers)]
+        return JudgePlaces(self.placement.all_options(JUDGE_RANKS), scorers)
+
+    def leave_places(self) -> None:
+        """Give back the places of learner and judge, whose actors have ended; engines keep theirs."""
+        self.placement.release(LEARNER, JUDGE_RANKS, SCORERS)
 
     async def close(self) -> None:
         """End every actor the session started."""
         if self._pool is not None:
             await self._pool.shutdown()
             self._pool = None
+        self.placement.release()
 
     def requirements(self, policy: Path, *, reference: bool = False, ground_truth: bool = False) -> Requirements:
         """What a prompt must have to be used with this policy; the rest is quarantined."""

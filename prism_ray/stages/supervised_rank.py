@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from ray import train
 
+from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.reader import reading_error
 from prism_ray.learner.engine import TrainEngine
 from prism_ray.models.adapters import freeze
@@ -39,6 +40,15 @@ class Then(Enum):
     END = 3
 
 
+def starting_policy(folder: str | Path, settings: TrainerSettings) -> Any:
+    """The policy in `folder`, ready to train as the settings say."""
+    policy = load_policy(folder, getattr(torch, settings.precision))
+    if settings.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    freeze(policy, settings.freeze)
+    return policy
+
+
 class Rank:
     """One rank's training state."""
 
@@ -47,8 +57,7 @@ class Rank:
         self.job, self.inbox = job, inbox
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(max(1, math.ceil(job.settings.cpus_per_rank)))
-        self.policy = load_policy(job.checkpoint_in, getattr(torch, job.settings.precision))
-        freeze(self.policy, job.settings.freeze)
+        self.policy = starting_policy(job.checkpoint_in, job.settings)
         self.phase, self.step, self.bad = 0, 0, 0
         self.terms = 1.0
         self.stop, self.heard = False, time.monotonic()

@@ -51,12 +51,14 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
     initial = session.stage_folder(name) / "upcycled"
     start = await asyncio.to_thread(judge_start, policy, settings.discriminator.policy)
     await asyncio.to_thread(create_discriminator, start, initial, settings.discriminator, settings.seed)
+    places = await session.judge_places()
     starting = DiscriminatorPool.start(
         initial,
         settings.discriminator,
         settings.rollout.max_prompt_tokens,
         seed=settings.seed,
         truth=load_truth(settings.evaluate.truth),
+        places=places,
     )
     engines, judge = await asyncio.gather(session.engines(policy), starting)
     stream = PromptStream(
@@ -77,6 +79,7 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
     finally:
         stream.shutdown()
         judge.shutdown()
+        session.leave_places()
     return Outcome(steps, session.checkpoint(name))
 
 

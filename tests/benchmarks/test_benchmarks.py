@@ -21,6 +21,7 @@ ALONE = {
     "learner_step": set(),
     "logprob_memory": set(),
     "long_tail": {"async_1_over_colocated_8", "async_4_over_one_step_off_8", "sync_over_colocated_8"},
+    "memory_model": {"plain/state", "plain/gradients", "plain/peak", "checkpointing/peak"},
     "packing": set(),
     "scoring": set(),
 }
@@ -63,6 +64,14 @@ def test_every_script_is_tested():
 @pytest.mark.parametrize("name", ALONE)
 def test_a_quick_run_ends_with_its_result(name):
     check(name, quick(name, 300), ALONE[name])
+
+
+def test_the_plans_memory_is_what_an_update_holds():
+    ratios = quick("memory_model", 300)["ratios"]
+    for case in ("plain", "checkpointing"):
+        assert ratios[f"{case}/state"] == pytest.approx(1, abs=0.002), "weights and optimiser: exactly, but for padding"
+        assert ratios[f"{case}/gradients"] == pytest.approx(1, abs=0.002)
+        assert 0.8 < ratios[f"{case}/peak"] < 1.4, "activations are estimated"
 
 
 def test_the_simulation_counts_staleness_and_idleness():

@@ -158,3 +158,21 @@ def test_the_routers_health_is_told_per_view_and_expert_of_the_views_own_tokens(
         marked = judged.batch.input_ids_BT.flatten()[view_N >= 0].tolist()
         assert marked == list(sequence.token_ids[sequence.start : sequence.stop])
         assert set(view_N.tolist()) == {-1, VIEW_NAMES.index(sequence.view)}
+
+
+def test_gradient_checkpointing_holds_less_for_the_same_update(train, groups):
+    said, held = [], []
+    for checkpointing in (False, True):
+        trainer = train(head_dropout=0.0, gradient_checkpointing=checkpointing)
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            said.append(trainer.learn(groups(), warming=True))
+        held.append(sum(kept.values()))
+    plain, again = said
+    assert again == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in plain.items()}
+    assert held[1] < 0.75 * held[0]

@@ -21,6 +21,7 @@ from prism_ray.models.load import load_policy
 from prism_ray.models.tiny import build_tiny
 from prism_ray.stages.supervised import Phase, train_supervised
 from prism_ray.stages.supervised_data import Course, Shard, entries
+from prism_ray.stages.supervised_rank import starting_policy
 from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
 from prism_ray.testbed.corpora import write_corpora
 from prism_ray.testbed.words import vocabulary
@@ -276,6 +277,26 @@ def test_loss_counts_response_tokens_only(world):
         by_hand += torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
     assert float(total.detach()) == pytest.approx(by_hand, rel=1e-5)
     assert sum(map(responses.task.size, samples)) == sum(len(s.response_ids) for s in samples)
+
+
+def test_gradient_checkpointing_holds_less_for_the_same_loss(world):
+    responses = course(world)
+    batch = responses.task.collate(responses.task.prepare(entries(responses, 0, 2)))
+    losses, held = [], []
+    for checkpointing in (False, True):
+        policy = starting_policy(world[0], TrainerSettings(gradient_checkpointing=checkpointing))
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = responses.task.loss(policy, batch)
+        losses.append(float(loss.detach()))
+        held.append(sum(kept.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert held[1] < 0.75 * held[0]
 
 
 def test_frozen_parameters_leave_training_as_they_came(cluster, world, tmp_path):
