@@ -69,7 +69,12 @@ class ClusterSettings(Settings):
     object_store_mb: int = Field(default=512, ge=80)
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
     pending_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing."""
+    """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing; of
+    engines and scorers added while a run goes on, before going on without them. Longer than a node takes to start,
+    where the cluster grows by itself."""
+    resize_poll_s: float = Field(default=2.0, gt=0)
+    """How often a run looks whether its `resize.yaml` asks for more or fewer engines or scorers. An engine takes 20 s
+    to start: to look more often gains nothing."""
     max_recoveries: int = Field(default=3, ge=0)
     """How many times in a row a stage may be taken up again from one checkpoint after a learner rank or the judge's
     trainer was lost; the next checkpoint starts the count anew. What dies every time (out of memory) should fail, not

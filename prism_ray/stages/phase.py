@@ -24,6 +24,7 @@ from prism_ray.learner.step import Recipe
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import checkpoint
+from prism_ray.runtime.elastic import Following
 from prism_ray.runtime.keeper import JournalKeeper
 from prism_ray.runtime.loop import Loop, LoopState
 from prism_ray.runtime.protocols import Judge, Ratios, Ticket
@@ -67,6 +68,8 @@ class Phase:
     needs_reference: bool
     on_end: Callable[[StageJudge], Awaitable[None]] | None = None
     """Awaited with the judge once training is over (alignment exports the discriminator there)."""
+    follow: Callable[[StageJudge], Following] | None = None
+    """What changes the judge while it works, for as long as it is there (the number of scorers)."""
 
 
 def recipe_of(settings: RunSettings, phase: PhaseSettings) -> Recipe:
@@ -179,6 +182,8 @@ class _Rooms:
         longest = phase.settings.response_limit(settings.rollout)
         self.judge = await phase.make_judge()
         self._built.append(self.judge)
+        if phase.follow is not None:
+            self._built.append(phase.follow(self.judge))
         limit = settings.rollout.max_prompt_tokens
         learner = phase.settings.optimiser.over(settings.learner, phase.updates)
         recipe = recipe_of(settings, phase.settings)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
@@ -18,6 +18,7 @@ from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.elastic import Elastic, Following
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ class Session:
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
         self._pool: RolloutPool | None = None
+        self._following: Following | None = None
+        self.elastic = Elastic(self.folder, settings.cluster)
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / stage
@@ -58,13 +61,23 @@ class Session:
         if self._pool is None:
             seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
             self._pool = await RolloutPool.create(policy, seeded, version)
+            needs = {"CPU": seeded.cpus_per_engine, "GPU": float(seeded.gpus_per_engine)}
+            self._following = self.elastic.follow("rollout.engines", seeded.engines, needs, self._pool.resize)
         else:
             await self._pool.load(policy, version)
         self._pool.max_response_tokens = max_response_tokens
         return self._pool
 
+    def follow_scorers(self, pool: Any) -> Following:
+        """Let the number of scorers of a discriminator's pool be changed while it judges."""
+        judge = self.settings.discriminator
+        needs = {"CPU": judge.cpus_per_scorer, "GPU": judge.gpus_per_scorer}
+        return self.elastic.follow("discriminator.scorers", judge.scorers, needs, pool.resize)
+
     async def close(self) -> None:
         """End every actor the session started."""
+        if self._following is not None:
+            self._following.shutdown()
         if self._pool is not None:
             await self._pool.shutdown()
             self._pool = None
