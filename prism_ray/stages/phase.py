@@ -32,6 +32,7 @@ from prism_ray.runtime.supervision import Lost
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.samples import SampleLog
 from prism_ray.stages.session import CLEANING_S, Interrupted, Session
+from prism_ray.weights.transports import Wire
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,8 @@ class _Rooms:
         limit = settings.rollout.max_prompt_tokens
         learner = phase.settings.optimiser.over(settings.learner, phase.updates)
         recipe = recipe_of(settings, phase.settings)
-        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates)
+        wire = Wire.of(settings.rollout)
+        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, wire)
         self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)
