@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt, Rollout
@@ -139,15 +139,15 @@ class LearnerLink:
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(rank, method).remote(self._name, *args) for rank in self._offer.ranks]
-        return list(await asyncio.gather(*(answered(call) for call in calls)))
+        return list(await asyncio.gather(*(self._answered(call) for call in calls)))
 
-
-async def answered(call: Any) -> Any:
-    """The value of a call to an actor; what its method raised is raised as it is."""
-    try:
-        return await call
-    except RayTaskError as error:
-        raise error.cause from None
+    async def _answered(self, call: Any) -> Any:
+        try:
+            return await call
+        except RayActorError as error:  # not this engine's fault, and it can take another learner's weights
+            raise Superseded(f"the learner died while {self._name} was to fetch its weights") from error
+        except RayTaskError as error:
+            raise error.cause from None
 
 
 async def _now(work: Any) -> Any:

@@ -32,13 +32,14 @@ from prism_ray.runtime.supervision import Lost
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.samples import SampleLog
 from prism_ray.stages.session import CLEANING_S, Interrupted, Session
-from prism_ray.weights.transports import Wire
+from prism_ray.weights.transports import Superseded, Wire
 
 log = logging.getLogger(__name__)
 
-GONE = (Lost, ObjectLostError)
-"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs, or
-the object store lost a group (with its node, or under pressure)."""
+GONE = (Lost, ObjectLostError, Superseded)
+"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs (an
+engine that fetches its weights may be the first to notice), or the object store lost a group (with its node, or under
+pressure)."""
 
 
 @runtime_checkable

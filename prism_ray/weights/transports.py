@@ -71,8 +71,8 @@ class Wire:
 
 
 class Superseded(RuntimeError):
-    """The learner has set newer weights aside in place of those that were offered: what an engine took of them may be
-    of both. It holds no version until it has taken the newer ones."""
+    """The learner has set newer weights aside in place of those that were offered, or is gone: what an engine took of
+    them may be a part, or of both. It stands still, and holds no version, until it has taken others."""
 
 
 @dataclass(frozen=True)
