@@ -132,9 +132,11 @@ class Follower:
             log.info("%s: %d are wanted, %d are there", self.name, wanted, self.count)
             self._wanted, self._refused_at = wanted, None
             self._stop_asking()
+        if not self._may_ask():
+            return
         if wanted < self.count:
             await self._become(wanted)
-        elif wanted > self.count and self._may_ask():
+        elif wanted > self.count:
             await self._grow()
 
     def close(self) -> None:

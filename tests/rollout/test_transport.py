@@ -82,13 +82,14 @@ def test_what_was_set_aside_is_fetched_though_the_learner_has_gone_on(
     metrics = run(pool.publish(offer, 1))
     assert 0 < metrics["weights/paused_s"] <= metrics["weights/publish_s"]
     before = make_reference(other).weights
-    check(run, pool, ask("p", seed=1), reference, before, 1)
+    prompt = ask("p", seed=1, question=" red" * 140)  # of which a whole block is cached
+    check(run, pool, prompt, reference, before, 1)
 
     run(learner.export(tmp_path / "after"))
     after = make_reference(tmp_path / "after").weights
     assert all((after[name] != before[name]).any() for name in before)
     run(pool.publish(run(learner.weights()), 2))
-    check(run, pool, ask("p", seed=1), reference, after, 2)  # the same image: its old encoding would show
+    check(run, pool, prompt, reference, after, 2)  # the same words and image: what is cached of them would show
     with pytest.raises(Superseded, match="learner rank 0 has replaced the weights"):
         run(pool.publish(offer, 1))
 

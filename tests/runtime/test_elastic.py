@@ -31,13 +31,13 @@ class Cluster:
 
 
 class Pool:
-    def __init__(self, error=None):
-        self.error, self.sizes = error, []
+    def __init__(self, refuses=()):
+        self.refuses, self.sizes = refuses, []
 
     async def resize(self, count):
         self.sizes.append(count)
-        if self.error and count > 2:
-            raise self.error
+        if count in self.refuses:
+            raise RuntimeError("its own sentence")
 
 
 def follower(cluster, pool, settings=PATIENT, count=2):
@@ -149,13 +149,19 @@ def test_a_wish_that_is_withdrawn_gives_back_what_was_reserved():
 
 
 def test_an_actor_that_does_not_start_costs_nothing_that_was_there(caplog):
-    cluster, pool = Cluster(free=9), Pool(error=RuntimeError("its own sentence"))
+    cluster, pool = Cluster(free=9), Pool(refuses=(4,))
     follows = follower(cluster, pool)
     steps(follows, 4, 4)
     assert pool.sizes == [4, 2] and follows.count == 2
     assert "rollout.engines could not be changed from 2 to 4: its own sentence" in caplog.text
     steps(follows, 1)
     assert pool.sizes == [4, 2, 1] and follows.count == 1
+
+
+def test_a_pool_that_cannot_shrink_is_not_asked_again_and_again(caplog):
+    pool = Pool(refuses=(1,))
+    steps(follower(Cluster(), pool), 1, 1, 1)
+    assert pool.sizes == [1] and len(caplog.records) == 1
 
 
 async def until(met):
