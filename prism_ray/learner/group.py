@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 class LearnerRank:
     """One process of the group: a part of every batch, and (by ZeRO stage) a part of the optimiser's state.
 
-    All methods but `alive` run in one thread, one after the other.
+    All methods but `alive` and those of engines' links run in one thread, one after the other.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import Request, check_rollouts, versions_of
 from prism_ray.weights import files, gloo  # noqa: F401 - vLLM learns of the backend
 from prism_ray.weights.shared_memory import load_files
-from prism_ray.weights.transports import Link, seen_by_vllm
+from prism_ray.weights.transports import Link, Superseded, seen_by_vllm
 
 
 class Engine:
@@ -135,7 +135,8 @@ class Engine:
     async def receive(self, link: Link, version: int) -> dict[str, float]:
         """Go on with the weights that a learner offers over `link` as `version`; returns what `update` does.
 
-        Superseded, with mixed weights and standing still until the next call, if the learner has newer ones by now.
+        Superseded if the learner has newer ones by now, or is gone: the engine goes on with those it had, or (if they
+        were replaced while it took them) stands still until the next call.
         """
         if self._learner != link.learner:
             await self._connect(link)
@@ -179,7 +180,10 @@ class Engine:
                 await self._llm.update_weights(WeightTransferUpdateRequest(update))
 
         await self._llm.start_weight_update()
-        await asyncio.gather(take(), link.send())
+        try:
+            await asyncio.gather(take(), link.send())
+        except Superseded as error:  # vLLM cannot begin anew in the midst of an update
+            raise RuntimeError(f"{error}, and had begun to") from error
         await self._llm.finish_weight_update()
         await link.confirm()
 

@@ -71,8 +71,8 @@ class Wire:
 
 
 class Superseded(RuntimeError):
-    """The learner has set newer weights aside in place of those that were offered, or is gone: what an engine took of
-    them may be a part, or of both. It stands still, and holds no version, until it has taken others."""
+    """The learner has set newer weights aside in place of those that were offered, or is gone. An engine that was
+    taking them may have some of both; it stands still, and holds no version, until it has taken others."""
 
 
 @dataclass(frozen=True)
