@@ -94,6 +94,30 @@ class RunSettings(Settings):
     """Metrics and report."""
 
     @model_validator(mode="after")
+    def _weights_can_travel(self) -> Self:
+        way = self.rollout.weights
+        without = [
+            f"{name} is 0"
+            for name, gpus in (
+                ("rollout.gpus_per_engine", self.rollout.gpus_per_engine),
+                ("learner.gpus_per_rank", self.learner.gpus_per_rank),
+            )
+            if not gpus
+        ]
+        if way not in ("shared_memory", "gloo") and without:
+            raise ValueError(
+                f"rollout.weights: {way} carries weights between GPUs, but {' and '.join(without)}; "
+                "set it to shared_memory or gloo"
+            )
+        if way == "ipc" and self.rollout.engines * self.rollout.gpus_per_engine > self.learner.ranks:
+            raise ValueError(
+                "rollout.weights: ipc works within a GPU that a learner rank and an engine share, but the engines have "
+                f"{self.rollout.engines * self.rollout.gpus_per_engine} GPUs and there are only {self.learner.ranks} "
+                "learner ranks; use nccl, or fewer engines"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> Self:
         untouched = ObjectiveSettings().max_response_tokens
         for name, phase in (("align", self.align), ("rlvr", self.rlvr)):

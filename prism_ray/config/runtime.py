@@ -72,7 +72,11 @@ class ClusterSettings(Settings):
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
     pending_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing; what
-    is waited for is logged after ten. A cluster whose autoscaler must first start nodes needs minutes."""
+    is waited for is logged after ten. Of engines and scorers added while a run goes on, before going on without them. A
+    cluster whose autoscaler must first start nodes needs minutes."""
+    resize_poll_s: float = Field(default=2.0, gt=0)
+    """How often a run looks whether its `resize.yaml` asks for more or fewer engines or scorers. An engine takes 20 s
+    to start: to look more often gains nothing."""
     layout: Literal["split", "colocated"] = "split"
     """`split`: engines and learner have GPUs of their own and work at the same time. `colocated`: each learner rank
     shares its GPU with an engine, which sleeps while the ranks train (`rollout.sleep_level`); so the two take turns,

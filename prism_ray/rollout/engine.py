@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from prism_ray.records import Prompt, Rollout
 from prism_ray.rollout.partial import UNFINISHED, Piece, joined, nothing
 from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import Request, check_rollouts, versions_of
-from prism_ray.weights import files
-from prism_ray.weights.shared_memory import BACKEND
+from prism_ray.weights import files, gloo  # noqa: F401 - vLLM learns of the backend
+from prism_ray.weights.shared_memory import load_files
+from prism_ray.weights.transports import Link, Superseded, seen_by_vllm
 
 
 class Engine:
@@ -51,6 +52,7 @@ class Engine:
         self._updating = asyncio.Lock()
         self._transfers, self._era = 0, 0
         self._asleep = False
+        self._learner = ""  # whom the engine has a link to
         self.version = 0
 
     @classmethod
@@ -62,7 +64,8 @@ class Engine:
         llm = AsyncLLM.from_engine_args(_arguments(folder, settings, seed))
         engine = cls(llm, encoder, Path(folder), settings)
         await llm.collective_rpc("prepare_for_rollouts", args=(encoder.banned_ids, os.getpid()))
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        if settings.weights == "shared_memory":
+            await llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await engine._label(version)
         return engine
 
@@ -128,13 +131,24 @@ class Engine:
         label = f"weights of version {version}"
         with files.SharedFile() as shared:
             await asyncio.to_thread(shared.write, weights, self._shapes, label)
-            return await self._transfer([shared.path], version)
+            return await self._transfer(lambda: self._take_files([shared.path]), version)
+
+    async def receive(self, link: Link, version: int) -> dict[str, float]:
+        """Go on with the weights that a learner offers over `link` as `version`; returns what `update` does.
+
+        Superseded if the learner has newer ones by now, or is gone: the engine goes on with those it had, or (if they
+        were replaced while it took them) stands still until the next call.
+        """
+        if self._learner != link.learner:
+            await self._connect(link)
+        updates = await link.updates()
+        return await self._transfer(lambda: self._take_offered(link, updates), version)
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Go on with the weights of a checkpoint folder of the same architecture as `version`."""
         found = files.checkpoint_files(folder)
         files.check_complete(files.shapes_in(found), self._shapes, str(folder))
-        return await self._transfer(found, version)
+        return await self._transfer(lambda: self._take_files(found), version)
 
     async def sleep(self) -> None:
         """Decode nothing and give the GPU's memory back until new weights come (on a CPU vLLM gives nothing back)."""
@@ -159,7 +173,38 @@ class Engine:
     def stop(self) -> None:
         self._llm.shutdown()
 
-    async def _transfer(self, paths: Sequence[Path], version: int) -> dict[str, float]:
+    async def _connect(self, link: Link) -> None:
+        """Meet a learner: the first one, or the one that was rebuilt."""
+        if self._learner:
+            await self._llm.shutdown_weight_transfer_engine()
+        self._learner = ""
+        info = WeightTransferInitRequest(await link.prepare(max(1, self._settings.gpus_per_engine)))
+        await asyncio.gather(self._llm.init_weight_transfer_engine(info), link.meet())
+        self._learner = link.learner
+
+    async def _take_offered(self, link: Link, updates: Sequence[dict[str, Any]]) -> None:
+        async def take() -> None:
+            for update in updates:
+                await self._llm.update_weights(WeightTransferUpdateRequest(update))
+
+        await self._llm.start_weight_update()
+        try:
+            await asyncio.gather(take(), link.send())
+        except Superseded as error:  # vLLM cannot begin anew in the midst of an update
+            raise RuntimeError(f"{error}, and had begun to") from error
+        await self._llm.finish_weight_update()
+        await link.confirm()
+
+    async def _take_files(self, paths: Sequence[Path]) -> None:
+        names = [str(path) for path in paths]
+        if self._settings.weights != "shared_memory":
+            await self._llm.collective_rpc("load_files", args=(names,))
+            return
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"files": names}))
+        await self._llm.finish_weight_update()
+
+    async def _transfer(self, take: Callable[[], Awaitable[None]], version: int) -> dict[str, float]:
         """Exchange the weights between two decoding steps.
 
         A failure half-way leaves the engine paused with mixed weights: it must be thrown away.
@@ -170,10 +215,7 @@ class Engine:
             if self._asleep:
                 await self._llm.wake_up(["weights"])  # keys and values only once the weights' copy is gone again
             await self._llm.pause_generation(mode="keep", clear_cache=recompute)
-            await self._llm.start_weight_update()
-            update = WeightTransferUpdateRequest({"files": [str(path) for path in paths]})
-            await self._llm.update_weights(update)
-            await self._llm.finish_weight_update()
+            await take()
             if not recompute:
                 await self._llm.reset_encoder_cache()  # the vision tower changed as well
             self._transfers += 1  # not the version: another stage's policy may have the same
@@ -295,6 +337,10 @@ class WorkerExtension:
             head.register_forward_hook(mask)
         _end_with(owner)
 
+    def load_files(self, files: list[str]) -> None:
+        """Load checkpoint files where the engine's own transport takes its weights from elsewhere."""
+        load_files(self, files)
+
 
 PR_SET_PDEATHSIG = 1
 
@@ -320,7 +366,7 @@ if multiprocessing.parent_process() is not None:  # one of vLLM's processes, sti
 
 
 def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> AsyncEngineArgs:
-    memory = settings.kv_cache_gb
+    memory, transport = settings.kv_cache_gb, seen_by_vllm(settings)
     return AsyncEngineArgs(
         model=str(folder),
         dtype=settings.dtype,
@@ -330,7 +376,7 @@ def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> Asyn
         max_num_batched_tokens=settings.max_batched_tokens,
         kv_cache_memory_bytes=None if memory is None else int(memory * 1e9),
         tensor_parallel_size=max(1, settings.gpus_per_engine),
-        distributed_executor_backend="mp" if settings.gpus_per_engine > 1 else "uni",
+        distributed_executor_backend=transport.executor,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=settings.prefix_caching,
         limit_mm_per_prompt={"image": settings.max_images, "video": 0},
@@ -339,6 +385,6 @@ def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> Asyn
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         disable_log_stats=True,
-        weight_transfer_config={"backend": BACKEND},  # pyright: ignore[reportArgumentType]
+        weight_transfer_config={"backend": transport.backend},  # pyright: ignore[reportArgumentType]
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     )

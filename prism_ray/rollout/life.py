@@ -17,6 +17,7 @@ from prism_ray.rollout.dispatch import Job, Load
 from prism_ray.rollout.partial import Piece, assembled
 from prism_ray.rollout.sampling import EngineFailed
 from prism_ray.runtime.supervision import Lost, Watched
+from prism_ray.weights.transports import Superseded
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ async def hand_over(watched: Watched, weights: Weights, limit_s: float) -> dict[
     else:
         call = watched.actor.update.remote(weights.arrays, weights.version)
     return await watched.answer(call, f"take weights {weights.version}", limit_s)
+
+
+async def catch_up(watched: Watched, started: Weights, latest: Callable[[], Weights], limit_s: float) -> None:
+    """Give an engine that was started as `started` what the others hold, whatever is published meanwhile.
+
+    A learner that sets new weights aside is about to publish them: an offer that they have replaced is waited out.
+    """
+    held = started if started.arrays is None and started.folder is None else None
+    while held is not (wanted := latest()):
+        try:
+            await hand_over(watched, wanted, limit_s)
+            held = wanted
+        except Superseded:
+            deadline = time.monotonic() + limit_s
+            while wanted is latest():
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
 
 
 class RestartBudget:

@@ -22,7 +22,7 @@ import ray
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt
 from prism_ray.rollout.dispatch import KEPT, LOSSES, LOST, REFUSED, Job, Queue
-from prism_ray.rollout.life import PoolEngine, RestartBudget, Weights, fetched, hand_over, set_within
+from prism_ray.rollout.life import PoolEngine, RestartBudget, Weights, catch_up, fetched, hand_over, set_within
 from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
@@ -103,7 +103,8 @@ class RolloutPool:
         return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
     async def publish(self, weights: Any, version: int) -> dict[str, float]:
-        """Give every engine the weights of `version`, a reference to (or a) dict of arrays by Hugging Face name.
+        """Give every engine the weights of `version`, a reference to (or a) dict of arrays by Hugging Face name, or an
+        `Offer` of those that a learner has set aside.
 
         Engines take them between two decoding steps and go on. Returns once all that are alive hold them; one that is
         being replaced gets them before it gets work. Returns metrics.
@@ -337,11 +338,7 @@ class RolloutPool:
             held = self._weights
             await watched.answer(actor.start.remote(held.version), "start", s.start_timeout_s)
             watched.begin()
-            if held.arrays is not None or held.folder is not None:
-                await hand_over(watched, held, s.control_timeout_s)
-            while held is not self._weights:  # published while it was starting
-                held = self._weights
-                await hand_over(watched, held, s.control_timeout_s)
+            await catch_up(watched, held, lambda: self._weights, s.control_timeout_s)
             if self._failure:
                 raise self._failure
         except BaseException:

@@ -24,6 +24,7 @@ from prism_ray.learner.step import Recipe
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import checkpoint
+from prism_ray.runtime.elastic import Following
 from prism_ray.runtime.keeper import JournalKeeper
 from prism_ray.runtime.loop import Loop, LoopState
 from prism_ray.runtime.protocols import Judge, Ratios, Ticket
@@ -31,12 +32,14 @@ from prism_ray.runtime.supervision import Lost
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.samples import SampleLog
 from prism_ray.stages.session import CLEANING_S, Interrupted, Session
+from prism_ray.weights.transports import Superseded, Wire
 
 log = logging.getLogger(__name__)
 
-GONE = (Lost, ObjectLostError)
-"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs, or
-the object store lost a group (with its node, or under pressure)."""
+GONE = (Lost, ObjectLostError, Superseded)
+"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs (an
+engine that fetches its weights may be the first to notice), or the object store lost a group (with its node, or under
+pressure)."""
 
 
 @runtime_checkable
@@ -67,6 +70,8 @@ class Phase:
     needs_reference: bool
     on_end: Callable[[StageJudge], Awaitable[None]] | None = None
     """Awaited with the judge once training is over (alignment exports the discriminator there)."""
+    follow: Callable[[StageJudge], Following] | None = None
+    """What changes the judge while it works, for as long as it is there (the number of scorers)."""
 
 
 def recipe_of(settings: RunSettings, phase: PhaseSettings) -> Recipe:
@@ -183,11 +188,14 @@ class _Rooms:
         longest = phase.settings.response_limit(settings.rollout)
         self.judge = await phase.make_judge()
         self._built.append(self.judge)
+        if phase.follow is not None:
+            self._built.append(phase.follow(self.judge))
         limit = settings.rollout.max_prompt_tokens
         learner = phase.settings.optimiser.over(settings.learner, phase.updates)
         recipe = recipe_of(settings, phase.settings)
         places = await self.session.learner_places()
-        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, places)
+        wire = Wire.of(settings.rollout)
+        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, places, wire)
         self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)

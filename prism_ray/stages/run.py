@@ -335,6 +335,7 @@ async def _align(session: Session) -> Outcome:
             judge,
             needs_reference=True,
             on_end=keep_discriminator,
+            follow=session.follow_scorers if settings.discriminator.scorers else None,
         ),
     )
 

@@ -20,6 +20,7 @@ from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.elastic import Elastic, Following
 from prism_ray.runtime.placement import EnginePlaces, Placement
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ class Session:
         self.stage = ""  # the one that runs now
         self.placement = Placement(settings.cluster)
         self._pool: RolloutPool | None = None
+        self._following: Following | None = None
+        self.elastic = Elastic(self.folder, settings.cluster)
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / stage
@@ -62,6 +65,9 @@ class Session:
         if self._pool is None:
             seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
             self._pool = await RolloutPool.create(policy, seeded, version, self._engine_places())
+            if not self.colocated:  # there every engine has a learner rank beside it, whose number is fixed
+                needs = {"CPU": seeded.cpus_per_engine, "GPU": float(seeded.gpus_per_engine)}
+                self._following = self.elastic.follow("rollout.engines", seeded.engines, needs, self._pool.resize)
         else:
             await self._pool.load(policy, version)
         self._pool.max_response_tokens = max_response_tokens
@@ -95,8 +101,16 @@ class Session:
         """Give back the places of learner and judge, whose actors have ended; engines keep theirs."""
         self.placement.release(LEARNER, JUDGE_RANKS, SCORERS)
 
+    def follow_scorers(self, pool: Any) -> Following:
+        """Let the number of scorers of a discriminator's pool be changed while it judges."""
+        judge = self.settings.discriminator
+        needs = {"CPU": judge.cpus_per_scorer, "GPU": judge.gpus_per_scorer}
+        return self.elastic.follow("discriminator.scorers", judge.scorers, needs, pool.resize)
+
     async def close(self) -> None:
         """End every actor the session started."""
+        if self._following is not None:
+            self._following.shutdown()
         if self._pool is not None:
             await self._pool.shutdown()
             self._pool = None
