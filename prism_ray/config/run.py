@@ -109,3 +109,9 @@ class RunSettings(Settings):
                     f"it to the longest response, {limit}; remove it, or set {name}.max_response_tokens"
                 )
         return self
+
+    def named_paths(self) -> dict[str, list[Path]]:
+        """The files and folders of the user's own that the configuration names, by setting."""
+        models = {"policy": self.policy, "discriminator.policy": self.discriminator.policy}
+        named = {setting: [path] for setting, path in models.items() if path is not None}
+        return named | {f"data.{corpus}": paths for corpus, paths in self.data if paths}

@@ -1,0 +1,49 @@
+"""What is different inside `ray job submit`: a temporary working directory, a shorter grace, an environment given."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the command of a submitted job, and for nothing else: what the job was submitted with."""
+HOME = "PRISM_RAY_HOME"
+"""The folder of a cluster that relative output folders of submitted jobs are in: one that all nodes share."""
+STOP_WAIT, RAYS_STOP_WAIT_S = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
+"""How long `ray job stop` waits between SIGTERM and SIGKILL: the variable, and what Ray takes where it is not set."""
+
+
+def is_submitted() -> bool:
+    """Whether this process was started by `ray job submit` (or a RayJob)."""
+    return JOB_CONFIG in os.environ
+
+
+def lasting(folder: Path) -> Path:
+    """An output folder that is still there after the job.
+
+    A submitted job works in a copy of its working directory that Ray deletes afterwards, so a relative folder is taken
+    to be in `$PRISM_RAY_HOME`, or in `~/prism_ray` where that is not set. Everything else stays as it is.
+    """
+    if folder.is_absolute() or not is_submitted():
+        return folder
+    return Path(os.environ.get(HOME) or Path.home() / "prism_ray") / folder
+
+
+def given_environment() -> Mapping[str, str]:
+    """Environment variables that the job was submitted with; Ray refuses to have them set twice."""
+    runtime_env = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    return runtime_env.get("env_vars") or {}
+
+
+def short_grace(stop_grace_s: float) -> str | None:
+    """A sentence where `ray job stop` would kill this job before it has had `stop_grace_s` seconds to save its state."""
+    granted = float(os.environ.get(STOP_WAIT) or RAYS_STOP_WAIT_S)
+    if not is_submitted() or granted >= stop_grace_s:
+        return None
+    return (
+        f"`ray job stop` kills this job {granted:g} s after it asks it to stop, but cluster.stop_grace_s grants "
+        f"{stop_grace_s:g} s to save the state: a stopped job may go on from an older checkpoint. Submit with "
+        f"--runtime-env configs/job.yaml, or start the cluster with {STOP_WAIT} in its environment"
+    )
