@@ -24,7 +24,7 @@ from prism_ray.report.incidents import reason
 from prism_ray.report.progress import setup_logging
 from prism_ray.report.summary import read_summary
 from prism_ray.report.table import print_evaluation
-from prism_ray.runtime.submitted import lasting
+from prism_ray.runtime.submitted import at_home
 
 # Bars of libraries that write model files would tear the live panel; a run has its own progress.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -34,7 +34,7 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
-    settings = settings.model_copy(update={"runs": lasting(settings.runs)})
+    settings = at_home(settings, output="runs")
     folder = settings.runs / settings.name
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError

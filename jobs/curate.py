@@ -19,13 +19,13 @@ import sys
 
 from prism_ray.config.cli import parse_job
 from prism_ray.config.curate import CurateSettings
-from prism_ray.runtime.submitted import lasting
+from prism_ray.runtime.submitted import at_home
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     settings = parse_job(argv, CurateSettings, __doc__ or "")
-    settings = settings.model_copy(update={"output": lasting(settings.output)})
+    settings = at_home(settings, output="output")
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.curation import drawn
     from prism_ray.corpora.reader import CorpusError

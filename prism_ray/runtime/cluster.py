@@ -20,7 +20,6 @@ WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 """In every actor: one thread each (more threads than cores cost 5-10x on a CPU machine), and never a model hub."""
 
 
-
 class ClusterError(RuntimeError):
     """The cluster cannot be joined, or cannot hold what the configuration asks for."""
 

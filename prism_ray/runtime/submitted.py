@@ -6,11 +6,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
+
+from prism_ray.config.base import Settings
+
+S = TypeVar("S", bound=Settings)
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the command of a submitted job, and for nothing else: what the job was submitted with."""
 HOME = "PRISM_RAY_HOME"
-"""The folder of a cluster that relative output folders of submitted jobs are in: one that all nodes share."""
+"""The folder, on a file system that all nodes share, in which the relative paths of submitted jobs are."""
 STOP_WAIT, RAYS_STOP_WAIT_S = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 """How long `ray job stop` waits between SIGTERM and SIGKILL: the variable, and what Ray takes where it is not set."""
 
@@ -20,15 +25,28 @@ def is_submitted() -> bool:
     return JOB_CONFIG in os.environ
 
 
-def lasting(folder: Path) -> Path:
-    """An output folder that is still there after the job.
+def at_home(settings: S, output: str) -> S:
+    """The settings with paths as they hold for a submitted job; elsewhere as they are.
 
-    A submitted job works in a copy of its working directory that Ray deletes afterwards, so a relative folder is taken
-    to be in `$PRISM_RAY_HOME`, or in `~/prism_ray` where that is not set. Everything else stays as it is.
+    Such a job works in a copy of what was submitted, which Ray deletes afterwards. A relative path is therefore taken
+    to be in `$PRISM_RAY_HOME` (or in `~/prism_ray` where that is not set): that of the field `output` always, others
+    where what was submitted does not have them.
     """
-    if folder.is_absolute() or not is_submitted():
-        return folder
-    return Path(os.environ.get(HOME) or Path.home() / "prism_ray") / folder
+    if not is_submitted():
+        return settings
+    home = Path(os.environ.get(HOME) or Path.home() / "prism_ray")
+    moved = _moved(settings, home)
+    return moved.model_copy(update={output: home / getattr(settings, output)})
+
+
+def _moved(value: Any, home: Path) -> Any:
+    if isinstance(value, Settings):
+        return value.model_copy(update={name: _moved(getattr(value, name), home) for name in type(value).model_fields})
+    if isinstance(value, list):
+        return [_moved(item, home) for item in value]
+    if isinstance(value, Path) and not value.exists():
+        return home / value
+    return value
 
 
 def given_environment() -> Mapping[str, str]:

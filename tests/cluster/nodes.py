@@ -94,7 +94,12 @@ class Nodes:
     def ray(self, *words: str, timeout_s: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
         """`ray …` as a person types it in the repository."""
         return subprocess.run(
-            [RAY, *words], cwd=ROOT, env=self.environment | environment, capture_output=True, text=True, timeout=timeout_s
+            [RAY, *words],
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
 
     def submit(self, *words: str, options: Sequence[str] = (), timeout_s: float = 120.0):

@@ -9,10 +9,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import prism_ray
+from prism_ray.config.run import RunSettings
 from prism_ray.config.runtime import ClusterSettings
 from prism_ray.runtime import cluster
 from prism_ray.runtime.sharing import require_shared
-from prism_ray.runtime.submitted import lasting
+from prism_ray.runtime.submitted import at_home
 
 
 @ray.remote(num_cpus=0)
@@ -37,12 +38,14 @@ def refusal(output: Path, **inputs: list[Path]) -> str:
 def main(shared: Path, hidden: Path) -> None:
     cluster.start(ClusterSettings())
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    seen = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes]
+    seen = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
     found = {
         "cwd": os.getcwd(),
         "package": prism_ray.__file__,
         "shipped": sorted(path.name for path in Path().iterdir()),
-        "runs": str(lasting(Path("runs"))),
+        "runs": str(at_home(RunSettings(), output="runs").runs),
         "nodes": ray.get(seen, timeout=60),
         "shared": refusal(shared),
         "output": refusal(hidden / "run"),
