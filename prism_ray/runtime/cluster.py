@@ -54,9 +54,8 @@ def _join(address: str, environment: dict[str, Any]) -> None:
     try:
         ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RayError) as error:
-        raise ClusterError(
-            f"cannot join the Ray cluster {address} (cluster.address, RAY_ADDRESS): {str(error).strip().splitlines()[0]}"
-        ) from error
+        first = str(error).strip().splitlines()[0]
+        raise ClusterError(f"cannot join the Ray cluster {address} (cluster.address, RAY_ADDRESS): {first}") from error
 
 
 def _address(settings: ClusterSettings) -> str | None:

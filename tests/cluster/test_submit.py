@@ -1,7 +1,6 @@
 """`ray job submit` against a cluster of several nodes with a token: what reaches the job, and how it ends."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
