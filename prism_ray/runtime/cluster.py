@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """In every actor: one thread each (more threads than cores cost 5-10x on a CPU machine), and never a model hub."""
+
+ANSWERS_WITHIN_S = 10.0
+"""Seconds for the head of a cluster to accept a connection."""
 
 
 class ClusterError(RuntimeError):
@@ -51,11 +55,25 @@ def _join(address: str, environment: dict[str, Any]) -> None:
             f"{address} is the address of a dashboard or of Ray's client; a run joins a cluster from one of its nodes, "
             "by HOST:6379 or `auto` (cluster.address, RAY_ADDRESS), and is sent there with `ray job submit`"
         )
+    if address != "auto":
+        _knock(address)
     try:
         ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RayError) as error:
         first = str(error).strip().splitlines()[0]
         raise ClusterError(f"cannot join the Ray cluster {address} (cluster.address, RAY_ADDRESS): {first}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise ClusterError where nothing answers: Ray itself would go on trying for longer than anybody waits."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} (cluster.address, RAY_ADDRESS): {error}; give HOST:PORT of its head, "
+            "as `ray status` shows it there, or unset both to run on this machine"
+        ) from error
 
 
 def _address(settings: ClusterSettings) -> str | None:

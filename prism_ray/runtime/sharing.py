@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prism_ray.runtime.cluster import ClusterError
@@ -56,7 +57,10 @@ def _missing(nodes: Mapping[str, str], paths: list[Path], timeout_s: float) -> l
     done, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
     if late:
         raise ClusterError(f"node {calls[late[0]]} did not answer within {timeout_s:g} s; look at it with `ray status`")
-    return [(calls[call], missing) for call in done if (missing := ray.get(call)) is not None]
+    try:
+        return [(calls[call], missing) for call in done if (missing := ray.get(call)) is not None]
+    except RayError as error:
+        raise ClusterError(f"a node cannot look at its files: {str(error).strip().splitlines()[0]}") from error
 
 
 def _look(paths: list[Path]) -> Path | None:

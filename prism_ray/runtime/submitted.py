@@ -56,7 +56,7 @@ def given_environment() -> Mapping[str, str]:
 
 
 def short_grace(stop_grace_s: float) -> str | None:
-    """A sentence where `ray job stop` kills this job before the `stop_grace_s` seconds that it has to save its state."""
+    """A sentence if `ray job stop` kills this job before the `stop_grace_s` seconds in which it may save its state."""
     granted = float(os.environ.get(STOP_WAIT) or RAYS_STOP_WAIT_S)
     if not is_submitted() or granted >= stop_grace_s:
         return None

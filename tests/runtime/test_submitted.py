@@ -76,3 +76,10 @@ def test_an_address_that_no_run_can_join_is_refused(monkeypatch, address):
     with pytest.raises(cluster.ClusterError, match="ray job submit") as refused:
         cluster.start(ClusterSettings())
     assert address in str(refused.value)
+
+
+@pytest.mark.parametrize("port", ["1", "", "many"])
+def test_a_cluster_that_does_not_answer_is_a_sentence_and_no_hang(monkeypatch, port):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(cluster.ClusterError, match="unset both to run on this machine"):
+        cluster.start(ClusterSettings(address="auto"))
