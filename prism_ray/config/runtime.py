@@ -62,8 +62,8 @@ class ClusterSettings(Settings):
     """The Ray cluster."""
 
     address: str | None = None
-    """Cluster to join, `HOST:6379` or `auto`; unset: RAY_ADDRESS if set (`ray job submit` sets it), else a private one on
-    this machine."""
+    """Cluster to join, `HOST:6379` or `auto`; unset: RAY_ADDRESS if set (`ray job submit` sets it), else a private
+    cluster on this machine."""
     cpus: int | None = Field(default=None, ge=1)
     """CPUs a private cluster offers; unset: those of this machine."""
     object_store_mb: int = Field(default=512, ge=80)

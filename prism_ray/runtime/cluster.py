@@ -72,7 +72,7 @@ def _knock(address: str) -> None:
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address} (cluster.address, RAY_ADDRESS): {error}; give HOST:PORT of its head, "
-            "as `ray status` shows it there, or unset both to run on this machine"
+            "as `ray start` said it there, or unset both to run on this machine"
         ) from error
 
 

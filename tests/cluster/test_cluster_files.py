@@ -2,12 +2,16 @@
 
 import copy
 import re
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
@@ -166,3 +170,17 @@ def test_the_jobs_environment_is_one_of_rays_and_holds_the_grace():
     RuntimeEnv(**environment)
     assert set(environment) == {"env_vars"}
     assert float(environment["env_vars"][STOP_WAIT]) > ClusterSettings().stop_grace_s
+
+
+def test_a_job_is_sent_without_environment_history_and_runs(tmp_path):
+    """By Ray's own packing, which heeds .gitignore; a new kind of large file belongs into that."""
+    kept = ["jobs/align.py", "prism_ray/records.py", "configs/recipes/dapo.yaml", "my_data/prompts.parquet"]
+    left = [".venv/lib/torch.so", ".git/objects/pack", "runs/tiny/align/checkpoint/model.safetensors", "wandb/run/log"]
+    for name in [*kept, *left]:
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_text("x")
+    shutil.copy2(ROOT / ".gitignore", tmp_path / "here")
+    package = tmp_path / "package.zip"
+    create_package(str(tmp_path / "here"), package, True, excludes=get_runtime_env_default_excludes())
+    names = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert names == {*kept, ".gitignore"}
