@@ -1,6 +1,8 @@
 """What a job does otherwise when it was submitted to a cluster."""
 
+import importlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,33 @@ def test_a_cluster_that_does_not_answer_is_a_sentence_and_no_hang(monkeypatch, p
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(cluster.ClusterError, match="unset both to run on this machine"):
         cluster.start(ClusterSettings(address="auto"))
+
+
+@pytest.fixture
+def quiet():
+    """Leaves the package's logger as it was: a job sends what it logs to files of its own."""
+    logger = logging.getLogger("prism_ray")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"),
+    [
+        ("align", ["data.align=[nowhere.parquet]"]),
+        ("curate", ["policy=nowhere.parquet", "prompts=[nowhere.parquet]"]),
+        (
+            "collect",
+            ["--dry-run", "prompts=[nowhere.parquet]", "teacher.url=http://localhost:8000/v1", "teacher.model=m"],
+        ),
+    ],
+)
+def test_every_job_looks_for_relative_paths_at_home(submitted, monkeypatch, tmp_path, capsys, quiet, job, arguments):
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
+    main = importlib.import_module(f"jobs.{job}").main
+    assert main(arguments) == 2
+    assert str(tmp_path / "home" / "nowhere.parquet") in capsys.readouterr().err
+    assert not any((tmp_path / "runs").iterdir()), "something was written into the copy"
