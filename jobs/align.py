@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
 
     try:
         setup_logging(folder)
+        logging.getLogger("prism_ray").info("%s holds this run", folder.absolute())
         check_inputs(settings)
         start_cluster(settings)
         require_shared(folder, settings.named_paths(), settings.cluster.pending_timeout_s)

@@ -47,7 +47,7 @@ class RunSettings(Settings):
     name: str = Field(default="tiny", min_length=1, pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/<name>`. The same name again continues where the run ended."""
     runs: Path = Path("runs")
-    """Folder that holds the runs. A job of `ray job submit` works in a copy that is deleted after it, so for it every
+    """Folder that holds the runs. A job of `ray job submit` works in a copy that is deleted after it, so for it a
     relative path is in PRISM_RAY_HOME, a folder that all nodes share, or else in `~/prism_ray`."""
     seed: int = 0
     """Seed of corpora, initial weights, order and sampling."""

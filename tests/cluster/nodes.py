@@ -81,7 +81,7 @@ class Nodes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = [p for each in self._processes for p in psutil.Process(each.pid).children(recursive=True)]
+        family = self._family()
         for process in family:
             if process.is_running():
                 process.kill()
@@ -91,7 +91,7 @@ class Nodes:
         psutil.wait_procs(family, timeout=30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def ray(self, *words: str, timeout_s: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def ray(self, *words: str, timeout_s: float = 300.0, **environment: str) -> subprocess.CompletedProcess[str]:
         """`ray …` as a person types it in the repository."""
         return subprocess.run(
             [RAY, *words],
@@ -102,7 +102,7 @@ class Nodes:
             timeout=timeout_s,
         )
 
-    def submit(self, *words: str, options: Sequence[str] = (), timeout_s: float = 120.0):
+    def submit(self, *words: str, options: Sequence[str] = (), timeout_s: float = 300.0):
         """`ray job submit --working-dir . -- python …`, to its end."""
         return self.ray(*SUBMIT, *options, "--", sys.executable, *words, timeout_s=timeout_s)
 
@@ -128,15 +128,14 @@ class Nodes:
         )
 
     def _wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + 90
-        while self._alive() < count:
-            ended = [p for p in self._processes if p.poll() is not None]
+        deadline = time.monotonic() + 180
+        while sum(process.name() == "raylet" for process in self._family()) < count:
+            ended = [each for each in self._processes if each.poll() is not None]
             logs = "".join(path.read_text()[-2000:] for path in self._folder.glob("node*.log"))
             assert not ended and time.monotonic() < deadline, logs
             time.sleep(0.3)
 
-    def _alive(self) -> int:
-        raylets = 0
-        for each in self._processes:
-            raylets += sum(p.name() == "raylet" for p in psutil.Process(each.pid).children(recursive=True))
-        return raylets
+    def _family(self) -> list[psutil.Process]:
+        """The living processes that the nodes consist of."""
+        living = [psutil.Process(each.pid) for each in self._processes if each.poll() is None]
+        return [process for each in living for process in each.children(recursive=True)]
