@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -129,7 +130,7 @@ class Nodes:
 
     def _wait_for(self, count: int) -> None:
         deadline = time.monotonic() + 180
-        while sum(process.name() == "raylet" for process in self._family()) < count:
+        while self._raylets() < count:
             ended = [each for each in self._processes if each.poll() is not None]
             logs = "".join(path.read_text()[-2000:] for path in self._folder.glob("node*.log"))
             assert not ended and time.monotonic() < deadline, logs
@@ -139,3 +140,10 @@ class Nodes:
         """The living processes that the nodes consist of."""
         living = [psutil.Process(each.pid) for each in self._processes if each.poll() is None]
         return [process for each in living for process in each.children(recursive=True)]
+
+    def _raylets(self) -> int:
+        found = 0
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += process.name() == "raylet"
+        return found
