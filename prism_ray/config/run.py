@@ -47,7 +47,8 @@ class RunSettings(Settings):
     name: str = Field(default="tiny", min_length=1, pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/<name>`. The same name again continues where the run ended."""
     runs: Path = Path("runs")
-    """Folder that holds the runs."""
+    """Folder that holds the runs. A job of `ray job submit` works in a copy that is deleted after it, so for it a
+    relative path is in PRISM_RAY_HOME, a folder that all nodes share, or else in `~/prism_ray`."""
     seed: int = 0
     """Seed of corpora, initial weights, order and sampling."""
     stages: list[StageName] = list(STAGES)
@@ -173,3 +174,9 @@ class RunSettings(Settings):
                 f"{why}rollout.kv_cache_gb must be a number: unset, vLLM would take the memory that the learner keeps"
             )
         return self
+
+    def named_paths(self) -> dict[str, list[Path]]:
+        """The files and folders of the user's own that the configuration names, by setting."""
+        models = {"policy": self.policy, "discriminator.policy": self.discriminator.policy}
+        named = {setting: [path] for setting, path in models.items() if path is not None}
+        return named | {f"data.{corpus}": paths for corpus, paths in self.data if paths}

@@ -64,8 +64,8 @@ class ClusterSettings(Settings):
     """The Ray cluster."""
 
     address: str | None = None
-    """Cluster to join (`auto` inside `ray job submit`); unset: RAY_ADDRESS if set, else a private one on this
-    machine."""
+    """Cluster to join, `HOST:6379` or `auto`; unset: RAY_ADDRESS if set (`ray job submit` sets it), else a private
+    cluster on this machine."""
     cpus: int | None = Field(default=None, ge=1)
     """CPUs a private cluster offers; unset: those of this machine."""
     object_store_mb: int = Field(default=512, ge=80)
@@ -88,4 +88,4 @@ class ClusterSettings(Settings):
     stop_grace_s: float = Field(default=120.0, ge=0)
     """Seconds a stage has to save its state and end after Ctrl-C or SIGTERM; then it is ended as it is, and the next
     run goes on from its last checkpoint. Must hold one update and one checkpoint, and stay below what a scheduler
-    grants before it kills."""
+    grants before it kills; for `ray job stop` that is RAY_JOB_STOP_WAIT_TIME_S, and 3 s where it is not set."""
