@@ -62,8 +62,13 @@ ASYNCHRONY = (
     Panel("Effective sample share", "of the off-policy correction's weights; 1 = on-policy", ("correction/ess",), 1.0),
     Panel("Learner waits for data", "share of a step's time; near 0 the learner is the bottleneck, near 1 it starves",
           ("learner/wait_share",)),
-    Panel("Engines wait for weights", "share of a step's time in which decoding is paused for new weights",
+    Panel("Engines wait for weights",
+          "share of the time in which no group is being sampled, since the gate opens with new weights",
+          ("rollout/wait_share",)),
+    Panel("Engines paused for weights", "share of a step's time in which decoding is paused to take new weights",
           ("weights/paused_s",), by="time/step_s"),
+    Panel("Judge waits for rollouts", "share of the time in which the judge neither judges nor learns",
+          ("judge/wait_share",)),
     Panel("Groups under way", "groups at the start of a step; solid being sampled, dashed waiting for a verdict",
           ("loop/generating", "loop/judging")),
     Panel("Time of a step", "seconds", ("time/step_s",)),
@@ -84,6 +89,13 @@ def drawn(panels: Sequence[Panel], history: History) -> list[str]:
     return [html for panel in panels if (html := _panel(panel, history))]
 
 
+_WAITING = {
+    "learner": "learner waits for data",
+    "rollout": "engines wait for weights",
+    "judge": "judge waits for rollouts",
+}
+
+
 def waiting_table(history: History) -> str:
     """A row for every stage of the loop: how its time was spent, and how stale what it trained on was; "" for none."""
     rows = []
@@ -91,15 +103,19 @@ def waiting_table(history: History) -> str:
         total = _sum(seconds)
         if total <= 0:
             continue
-        waited = _sum(_product(seconds, history.of(stage, "learner/wait_share")))
+        waited = [_share(_product(seconds, history.of(stage, f"{who}/wait_share")), total) for who in _WAITING]
         oldest = [_largest(history.of(stage, f"staleness/{side}")) for side in ("max", "judge_max")]
         rows.append([
-            escape(stage_name(stage)), f"{total / len(seconds):.2f} s", f"{waited / total:.0%}",
-            f"{_sum(history.of(stage, 'weights/paused_s')) / total:.0%}", *oldest,
+            escape(stage_name(stage)), f"{total / len(seconds):.2f} s", *waited,
+            _share(history.of(stage, "weights/paused_s"), total), *oldest,
         ])  # fmt: skip
-    head = ["stage", "mean step", "learner waits for data", "engines wait for weights",
+    head = ["stage", "mean step", *_WAITING.values(), "engines paused for weights",
             "staleness of the policy, most", "of the judge, most"]  # fmt: skip
     return table(head, rows) if rows else ""
+
+
+def _share(seconds: Points, total: float) -> str:
+    return f"{_sum(seconds) / total:.0%}" if seconds else "–"
 
 
 def _sum(points: Points) -> float:
