@@ -7,9 +7,26 @@ import pytest
 from prism_ray.config.report import ReportSettings
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.wandb_run import WandbError
+from tests.report.wandb_server import WandbServer
 
+ONLINE = ReportSettings.model_validate({"wandb": {"mode": "online", "project": "tests"}})
 OFFLINE = ReportSettings.model_validate({"wandb": {"mode": "offline", "project": "tests"}})
 BLOCK, HEADER = 32768, 7
+
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """Takes the address of a server, which the client then knows with an account: it asks for both only once."""
+    import wandb
+
+    def known(url, key):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        wandb.teardown()
+
+    yield known
+    wandb.teardown()
 
 
 def records(folder):
@@ -82,11 +99,24 @@ def test_a_folder_made_anew_is_another_run(tmp_path):
     assert ids[0] != ids[1]
 
 
-def test_without_an_account_a_run_that_is_to_be_online_says_what_to_do(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+def test_without_an_account_a_run_that_is_to_be_online_says_what_to_do(tmp_path, account):
+    account("http://127.0.0.1:9", None)
     with pytest.raises(WandbError, match="report.wandb.mode is online, but: No API key .* report.wandb.mode=offline"):
-        MetricsLog(tmp_path / "tiny", ReportSettings.model_validate({"wandb": {"mode": "online"}}))
+        MetricsLog(tmp_path / "tiny", ONLINE)
     assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+def test_online_a_second_start_adds_to_what_the_server_has_of_the_run(tmp_path, account):
+    with WandbServer() as server:
+        account(server.url, "0" * 40)
+        with MetricsLog(tmp_path / "tiny", ONLINE) as log:
+            log.write("sft", 1, {"supervised/loss": 2.0})
+            log.write("align", 1, {"policy/loss": 0.5})
+        with pytest.raises(KeyError), MetricsLog(tmp_path / "tiny", ONLINE) as log:
+            log.write("align", 2, {"policy/loss": 0.25})
+            raise KeyError
+    run = (tmp_path / "tiny" / "wandb" / "run_id").read_text()
+    assert list(server.history) == [run]
+    assert [row.get("align/policy/loss") for row in server.history[run]] == [None, 0.5, 0.25]
+    assert [row["_step"] for row in server.history[run]] == [1, 2, 3]
+    assert server.states == [(run, 0), (run, 1)]

@@ -64,10 +64,8 @@ def test_prometheus_finds_the_numbers_of_a_run_by_stage_and_view(cluster):
     assert ours("prism_ray_supervised_loss", "scrape") == {("sft", ""): 2.5}
     assert ours("prism_ray_discriminator_gap", "scrape") == {("align", "perception"): 1.5}
     assert ours("prism_ray_evaluation", "scrape") == {("prism", "accuracy"): 0.75}
-    counted = [
-        (l["level"], l["room"], v) for l, v in scraped()["ray_prism_ray_incidents_total"] if l["run"] == "scrape"
-    ]
-    assert counted == [("WARNING", "rollout", 2.0)]
+    counted = [series for series in scraped()["ray_prism_ray_incidents_total"] if series[0]["run"] == "scrape"]
+    assert [(labels["level"], labels["room"], value) for labels, value in counted] == [("WARNING", "rollout", 2.0)]
 
     metrics.write("align", 4, {"policy/loss": 0.125})
     until(lambda: ours("prism_ray_step", "scrape")["align", ""] == 4.0)
