@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     folder = settings.runs / settings.name
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError
+    from prism_ray.report.wandb_run import WandbError
     from prism_ray.runtime.cluster import ClusterError
     from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.run import InputError, check_inputs, run, start_cluster
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the same command continues it: {folder}", file=sys.stderr)
         return 130
-    except (InputError, CorpusError, ClusterError) as error:
+    except (InputError, CorpusError, ClusterError, WandbError) as error:
         print(error, file=sys.stderr)
         return 2
     except Exception as error:

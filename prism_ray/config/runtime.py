@@ -70,6 +70,9 @@ class ClusterSettings(Settings):
     """CPUs a private cluster offers; unset: those of this machine."""
     object_store_mb: int = Field(default=512, ge=80)
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port at which a private cluster offers its metrics to Prometheus (the nodes of a cluster that is joined have
+    theirs); unset: one that is free, which the log names, so that two runs on a machine do not meet."""
     pending_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing; what
     is waited for is logged after ten. Of engines and scorers added while a run goes on, before going on without them. A

@@ -120,7 +120,15 @@ def incident_table(incidents: Sequence[Incident]) -> str:
         if kind.count > 1:
             when = f"{when}<br><small>{kind.count} times since {clock(kind.first)}</small>"
         stages = escape(", ".join(stage or "–" for stage in kind.stages))
-        rows.append([when, chip, stages, escape(str(kind.newest.get("room"))), escape(kind.newest["what"])])
+        rows.append(
+            [
+                f'<span class="time">{when}</span>',
+                chip,
+                stages,
+                escape(str(kind.newest.get("room"))),
+                escape(kind.newest["what"]),
+            ]
+        )
     return table(["time (UTC)", "", "stage", "room", "what"], rows) if rows else ""
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,25 @@ class RestartBudget:
             return 0
         self._spent[index] = [*recent, now]
         return len(recent) + 1
+
+
+class Throughput:
+    """Tokens that each engine has sampled since they were last told."""
+
+    def __init__(self) -> None:
+        self._tokens: Counter[int] = Counter()
+        self._since = time.monotonic()
+
+    def add(self, index: int, tokens: int) -> None:
+        self._tokens[index] += tokens
+
+    def metrics(self, engines: int) -> dict[str, float]:
+        """Tokens per second of all engines and of each of so many; the count begins anew."""
+        now = time.monotonic()
+        elapsed, self._since = max(now - self._since, 1e-9), now
+        each = {f"rollout/engine_tokens_per_second/{i}": self._tokens[i] / elapsed for i in range(engines)}
+        total, self._tokens = self._tokens.total() / elapsed, Counter()
+        return each | {"rollout/tokens_per_second": total}
 
 
 @dataclass(eq=False, kw_only=True)

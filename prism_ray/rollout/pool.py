@@ -22,7 +22,16 @@ import ray
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt
 from prism_ray.rollout.dispatch import KEPT, LOSSES, LOST, REFUSED, Job, Queue
-from prism_ray.rollout.life import PoolEngine, RestartBudget, Weights, catch_up, fetched, hand_over, set_within
+from prism_ray.rollout.life import (
+    PoolEngine,
+    RestartBudget,
+    Throughput,
+    Weights,
+    catch_up,
+    fetched,
+    hand_over,
+    set_within,
+)
 from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
@@ -58,7 +67,7 @@ class RolloutPool:
         self._jobs: set[Job] = set()
         self._keys, self._era = itertools.count(), 0
         self._changed = asyncio.Event()
-        self._tokens, self._since = 0, time.monotonic()
+        self._throughput = Throughput()
 
     @classmethod
     async def create(
@@ -216,7 +225,7 @@ class RolloutPool:
             await fetched(group, self.settings.heartbeat_s)
             job.fail(error)
         else:
-            again = self._unfinished(job, era, group, meta)
+            again = self._unfinished(job, engine.index, era, group, meta)
         engine.leave(job)
         if again:
             self._queue.put(job, first=True)
@@ -224,10 +233,10 @@ class RolloutPool:
                 self._queue.fail(self._failure)
         self._dispatch()
 
-    def _unfinished(self, job: Job, era: int, group: Any, meta: dict[str, Any]) -> bool:
+    def _unfinished(self, job: Job, index: int, era: int, group: Any, meta: dict[str, Any]) -> bool:
         """Hand the group to whoever waits for it; whether it must go on elsewhere instead."""
         if era == job.era and meta["finished"]:
-            self._tokens += meta["tokens"] - int(job.counts[KEPT])
+            self._throughput.add(index, meta["tokens"] - int(job.counts[KEPT]))
             if not job.done.done():
                 job.done.set_result((group, meta | {"stats": meta["stats"] | job.counts}))
             return False
@@ -271,10 +280,7 @@ class RolloutPool:
                 raise
             if not any(answers):
                 await self._any_engine()  # all died: whichever comes back first holds these weights
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
-        rate, self._tokens = self._tokens / elapsed, 0
-        return {
-            "rollout/tokens_per_second": rate,
+        return self._throughput.metrics(self._wanted) | {
             "rollout/engines": float(len(self._ready)),
             "rollout/waiting_groups": float(len(self._queue)),
             "weights/publish_s": time.monotonic() - began,

@@ -44,6 +44,7 @@ def start(settings: ClusterSettings) -> None:
         runtime_env=environment,
         logging_level=logging.ERROR,
         log_to_driver=False,
+        _metrics_export_port=settings.metrics_port,
     )
 
 

@@ -50,6 +50,7 @@ async def run_evaluate(session: Session, stages: Sequence[str]) -> Outcome:
             if unseen:
                 metrics["accuracy_unseen"] = accuracy(await engines.sample(unseen, 1, greedy=True), truth)
             session.summary.evaluation(LABELS[stage], metrics)
+            session.metrics.evaluated(LABELS[stage], metrics)
             samples += _samples(LABELS[stage], sampled[: session.settings.evaluate.samples_in_report], truth)
             progress.update(
                 number, accuracy=metrics["accuracy"]["mean"], accuracy_greedy=metrics["accuracy_greedy"]["mean"]

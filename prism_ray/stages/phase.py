@@ -264,7 +264,7 @@ class _Rooms:
 
     async def _on_step(self, state: LoopState, metrics: dict[str, float]) -> None:
         self.session.metrics.write(self.phase.name, state.version, metrics)
-        self._progress.update(state.version, **metrics)
+        self._progress.update(state.version, **{"policy/version": float(state.version)} | metrics)
         due = state.version % self.phase.settings.loop.checkpoint_every == 0
         if due:
             await self._checkpoint(state)

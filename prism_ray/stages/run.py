@@ -26,16 +26,14 @@ from prism_ray.models.load import check_policy
 from prism_ray.models.tiny import build_tiny
 from prism_ray.planning.layout import TRAINER, layouts, trainer
 from prism_ray.report.html import write_report
-from prism_ray.report.incidents import IncidentLog, reason
-from prism_ray.report.metrics import MetricsLog
+from prism_ray.report.incidents import reason
 from prism_ray.report.progress import Progress
-from prism_ray.report.summary import Summary
 from prism_ray.runtime import cluster, placement
 from prism_ray.stages import supervised
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
-from prism_ray.stages.session import Interrupted, Session
+from prism_ray.stages.session import Interrupted, Session, watched
 from prism_ray.stages.warmup import run_warmup
 from prism_ray.testbed.corpora import SPLITS, write_corpora
 from prism_ray.testbed.words import vocabulary
@@ -114,10 +112,7 @@ async def run(settings: RunSettings) -> Path:
     folder = settings.runs / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
-    summary = Summary(folder, settings.name)
-    metrics = MetricsLog(folder, settings.report, settings.model_dump(mode="json"))
-    session = Session(settings, metrics, summary)
-    with IncidentLog(folder, lambda: session.stage):
+    with watched(settings) as session:
         await _run(session)
     return folder
 
@@ -137,7 +132,7 @@ async def _run(session: Session) -> None:
         try:
             await session.close()
         finally:
-            session.metrics.close()
+            session.metrics.close(failed=status == "failed")
             session.summary.finish(status)
             _report(session.folder)
 

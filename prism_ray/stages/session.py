@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +18,12 @@ from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder
 from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer
 from prism_ray.records import Prompt
+from prism_ray.report.incidents import IncidentLog
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime.elastic import Elastic, Following
+from prism_ray.runtime.gauges import RayMetrics, endpoints
 from prism_ray.runtime.placement import EnginePlaces, Placement
 
 T = TypeVar("T")
@@ -161,6 +164,19 @@ class Session:
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise Interrupted
+
+
+@contextmanager
+def watched(settings: RunSettings) -> Iterator[Session]:
+    """A run's session, with all that keeps and shows what happens in it. Ray must be running; raises WandbError where
+    Weights & Biases is asked for and cannot be had."""
+    folder = settings.runs / settings.name
+    gauges = RayMetrics(settings.name)
+    metrics = MetricsLog(folder, settings.report, settings.model_dump(mode="json"), [gauges])
+    log.info("metrics for Prometheus: %s", ", ".join(f"http://{address}/metrics" for address in endpoints()))
+    session = Session(settings, metrics, Summary(folder, settings.name))
+    with IncidentLog(folder, lambda: session.stage, gauges.incident):
+        yield session
 
 
 class TokenCounter:

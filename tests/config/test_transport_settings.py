@@ -21,9 +21,7 @@ def test_what_needs_gpus_says_which_side_has_none(way):
 
 
 def test_ipc_needs_a_learner_rank_on_every_engines_gpu():
-    with pytest.raises(
-        ConfigError, match="ipc works within a GPU .* the engines have 2 GPUs and there are only 1 "
-    ):
+    with pytest.raises(ConfigError, match="ipc works within a GPU .* the engines have 2 GPUs and there are only 1 "):
         load_config(RunSettings, None, ["rollout.weights=ipc", "rollout.engines=2", *GPUS])
 
 
