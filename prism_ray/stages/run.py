@@ -19,6 +19,7 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
+from prism_ray.config.verify import VerifySettings
 from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
@@ -29,6 +30,7 @@ from prism_ray.report.incidents import IncidentLog, reason
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.progress import Progress
 from prism_ray.report.summary import Summary
+from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.runtime import cluster
 from prism_ray.stages import supervised
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
@@ -56,7 +58,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
     full = s.align.updates + s.rlvr.updates
     align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": (s.verify.environment, s.verify.options), **sampling}
+    tasks = {"corpus": _corpus(session, "rlvr"), "verify": _verifier(s.verify), **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
@@ -220,6 +222,12 @@ _WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin", 
 """Settings of the discriminator that place, bound, cut or watch its work without changing it."""
 
 
+def _verifier(verify: VerifySettings) -> list[Any]:
+    """What shapes the verdicts, not how fast they come."""
+    turns = [verify.max_turns] if verify.max_turns > 1 else []
+    return [verify.environment, verify.options, *turns]
+
+
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
     """The rollout settings that change what is sampled, not how fast or where."""
     names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype", "kv_on_update", "seed"}
@@ -337,10 +345,12 @@ async def _align(session: Session) -> Outcome:
 async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcome:
     settings = session.settings
 
-    async def judge() -> StageJudge:
-        return VerifierPool(settings.verify)
-
     corpus, start_folder = session.corpora["rlvr"], session.checkpoint(start)
+
+    async def judge() -> StageJudge:
+        verify = settings.verify
+        return EpisodePool(verify, start_folder) if verify.max_turns > 1 else VerifierPool(verify)
+
     return await run_phase(
         session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=False)
     )
