@@ -119,7 +119,7 @@ class Encoder:
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": [*before, *later]}}
 
     def answer(self, prompt_id: str, message: Mapping[str, str], images: Sequence[bytes], ended: bool) -> np.ndarray:
-        """Tokens int32 of what stands between a response and the next: the environment's message, placeholders expanded.
+        """Tokens int32 of what stands between a response and the next: an environment's message, placeholders expanded.
 
         `ended` says whether the response's last token is the end token. BadImage where an image does not decode, or
         the message (with its text) holds another number of placeholders.

@@ -33,8 +33,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a later turn of a group's episodes goes on from: a reference to a group whose unfinished rollouts end with the
-    environment's answer, its `tokens`, and the era in which they were sampled."""
+    """What a later turn of a group's episodes goes on from: a reference to a group whose unfinished rollouts end with
+    the environment's answer, its `tokens`, and the era in which they were sampled."""
 
     so_far: Any
     tokens: int

@@ -24,6 +24,7 @@ from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
+from prism_ray.models.template import set_system_turn
 from prism_ray.models.tiny import build_tiny
 from prism_ray.report.html import write_report
 from prism_ray.report.incidents import IncidentLog, reason
@@ -62,12 +63,13 @@ def stages_of(session: Session) -> dict[str, Stage]:
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
+    system = {"system_prompt": s.system_prompt} if s.system_prompt else {}
     evaluated = tuple(name for name in LABELS if name in s.stages) or ("sft",)
     runs: dict[str, tuple[tuple[str, ...], dict[str, Any], Any]] = {
         "base": ((), base, lambda: _base(session)),
         "sft": (
             ("base",),
-            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft")},
+            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft"), **system},
             lambda: _sft(session, "sft", "base", "sft", s.sft),
         ),
         "warmup": (
@@ -279,7 +281,10 @@ async def _base(session: Session) -> Outcome:
 
 async def _sft(session: Session, name: str, start: str, corpus: str, settings: SupervisedSettings) -> Outcome:
     phase = supervised.Phase(name, tuple(session.corpora[corpus]), settings)
-    return await _supervised(session, name, session.checkpoint(start), (phase,))
+    outcome = await _supervised(session, name, session.checkpoint(start), (phase,))
+    if session.settings.system_prompt:
+        set_system_turn(session.checkpoint(name), session.settings.system_prompt)
+    return outcome
 
 
 async def _supervised(session: Session, name: str, start: Path, phases: tuple[supervised.Phase, ...]) -> Outcome:
