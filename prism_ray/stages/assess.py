@@ -29,7 +29,7 @@ from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.rollout.sampling import Sampling
 from prism_ray.runtime import cluster
-from prism_ray.stages.batches import next_batch, until_signal
+from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
@@ -147,12 +147,11 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _what_shapes(settings: EvaluationSettings) -> dict[str, Any]:
     """What samples of the same folder must have in common."""
     names = {"max_response_tokens", "max_model_len", "max_images", "dtype"}
-    verify = settings.verify.model_dump(mode="json", include={"environment", "options", "max_turns"})
     return {
         "checkpoint": [str(settings.checkpoint.resolve()), *_stats(sorted(settings.checkpoint.glob("*.safetensors")))],
         "prompts": _stats(sorted({Path(f.file) for f in find_fragments(corpus_of(settings))})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
-        "by": [settings.by, settings.evaluate.truth] if settings.by == "truth" else [settings.by, verify],
+        "by": [settings.by, *([settings.evaluate.truth] if settings.by == "truth" else verdicts_of(settings.verify))],
         "n": settings.n,
         "evaluate.temperature": settings.evaluate.temperature,
         "seed": settings.seed,

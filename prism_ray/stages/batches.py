@@ -1,4 +1,5 @@
-"""What jobs that go through a corpus once have in common: batches of prompts, and an end that saves the state."""
+"""What jobs have in common that judge rollouts: what shapes their verdicts, and, where they go through a corpus once,
+batches of prompts and an end that saves the state."""
 
 from __future__ import annotations
 
@@ -7,10 +8,17 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
+from prism_ray.config.verify import VerifySettings
 from prism_ray.corpora.stream import PromptStream
 
 CLEANING_S = 30.0
 """Longest wait for engines to end after a signal; what is not noted by then is done again."""
+
+
+def verdicts_of(verify: VerifySettings) -> list[Any]:
+    """The settings that shape verdicts, not how fast they come."""
+    turns = [verify.max_turns] if verify.max_turns > 1 else []
+    return [verify.environment, verify.options, *turns]
 
 
 async def until_signal(work: Coroutine[Any, Any, None]) -> bool:

@@ -32,10 +32,11 @@ from prism_ray.corpora.stream import PromptStream, read_prompts
 from prism_ray.models.load import check_policy
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
+from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import cluster
 from prism_ray.runtime.protocols import Ticket
-from prism_ray.stages.batches import next_batch, until_signal
+from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -76,7 +77,7 @@ def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
         "policy": [str(settings.policy.resolve()), *_stats(sorted(settings.policy.glob("*.safetensors")))],
         "prompts": _stats(sorted({Path(f.file) for f in find_fragments(settings.prompts)})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
-        "verify": [settings.verify.environment, settings.verify.options],
+        "verify": verdicts_of(settings.verify),
         "seed": settings.seed,
     }
 
@@ -150,7 +151,10 @@ async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> No
     engines = verifiers = None
     try:
         engines = await RolloutPool.create(settings.policy, seeded)
-        verifiers = VerifierPool(settings.verify)
+        if settings.verify.max_turns > 1:
+            verifiers = EpisodePool(settings.verify, settings.policy).over(engines)
+        else:
+            verifiers = VerifierPool(settings.verify)
         with Progress("curate", wanted) as progress:
             await _batches(settings, _Rooms(stream, engines, verifiers), parts, wanted, progress)
     finally:
@@ -167,7 +171,7 @@ class _Rooms:
 
     stream: PromptStream
     engines: RolloutPool
-    verifiers: VerifierPool
+    verifiers: VerifierPool | EpisodePool
 
 
 async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted: int, progress: Progress) -> None:
@@ -192,13 +196,17 @@ async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted
 
 
 async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, rooms: _Rooms) -> list[dict[str, Any]]:
-    """Sample a batch and judge it; the rows of its part."""
+    """Sample a batch and judge it; the rows of its part. What was said in several turns makes no pair with a reference:
+    its text is not kept."""
     prompts: list[Prompt] = [await ref for _, ref in batch]
-    rollout = settings.rollout
-    groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
-    judged = await asyncio.gather(*(_judged(group, rooms.verifiers) for group in groups))
+    rollout, verifiers = settings.rollout, rooms.verifiers
+    if isinstance(verifiers, EpisodePool):
+        judged = await verifiers.sample(prompts, rooms.engines.sampling)
+    else:
+        groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
+        judged = await asyncio.gather(*(_judged(group, verifiers) for group in groups))
     return [
-        statistics_of(group, position) | {"texts": [rollout.text for rollout in group.rollouts]}
+        statistics_of(group, position) | {"texts": [rollout.text for rollout in group.rollouts if not rollout.turns]}
         for (position, _), group in zip(batch, judged, strict=True)
     ]
 

@@ -19,7 +19,6 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
-from prism_ray.config.verify import VerifySettings
 from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
@@ -34,6 +33,7 @@ from prism_ray.report.summary import Summary
 from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.runtime import cluster
 from prism_ray.stages import supervised
+from prism_ray.stages.batches import verdicts_of
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
@@ -59,7 +59,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
     full = s.align.updates + s.rlvr.updates
     align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": _verifier(s.verify), **sampling}
+    tasks = {"corpus": _corpus(session, "rlvr"), "verify": verdicts_of(s.verify), **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
@@ -222,12 +222,6 @@ _NOT_SHAPING = {
 """Settings of the learner that say where and how fast it computes, not what."""
 _WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin", *JUDGING_FIELDS}
 """Settings of the discriminator that place, bound, cut or watch its work without changing it."""
-
-
-def _verifier(verify: VerifySettings) -> list[Any]:
-    """What shapes the verdicts, not how fast they come."""
-    turns = [verify.max_turns] if verify.max_turns > 1 else []
-    return [verify.environment, verify.options, *turns]
 
 
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:
