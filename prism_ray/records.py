@@ -33,12 +33,18 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sampled response.
+    """One sampled response, or those of an episode of several turns with what the environment wrote between them.
 
     `token_ids` int32 [R] (end token included when the model ended itself); `logp` float32 [R], natural log-probs of
     those tokens under what sampled them (behaviour policy, after temperature); `versions` int32 [R], the policy
     version that produced each token; `prompt_token_ids` int32 [P] with image placeholders expanded;
     `finish_reason` is `stop`, `length` or `abort`.
+
+    Of an episode, `token_ids` go on to the end of the last response: `mask` bool [R] says which tokens the policy
+    sampled (None: all). The environment's have log-prob 0 and the version of the token before them; no loss comes from
+    them. `turns` are the messages between the prompt and the last response, and each `<image>` of the environment's
+    stands for the next of `images`, whose expanded placeholders are among the tokens. `text` and `finish_reason` are
+    the last response's.
     """
 
     prompt_id: str
@@ -49,6 +55,20 @@ class Rollout:
     versions: np.ndarray
     text: str
     finish_reason: str
+    mask: np.ndarray | None = None
+    turns: tuple[dict[str, str], ...] = ()
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def sampled(self) -> int:
+        """How many of the tokens the policy sampled."""
+        return len(self.token_ids) if self.mask is None else int(self.mask.sum())
+
+    @property
+    def last_response(self) -> np.ndarray:
+        """The tokens of the last response, int32."""
+        written = np.flatnonzero(~self.mask) if self.mask is not None else ()
+        return self.token_ids[written[-1] + 1 :] if len(written) else self.token_ids
 
     @property
     def oldest_version(self) -> int:

@@ -55,6 +55,9 @@ class RunSettings(Settings):
     """Stages to run, in any order; what one needs and is missing or out of date runs first."""
     policy: Path | None = None
     """Hugging Face folder of the starting policy. Unset: the testbed's own tiny base model is built and trained."""
+    system_prompt: str = ""
+    """System turn that the chat template of every checkpoint from SFT on writes where a conversation has none. Give the
+    one that your prompts carry: other programs' runners send the question alone."""
     data: DataSettings = DataSettings()
     """Corpora of your own."""
     testbed: TestbedSettings = TestbedSettings()

@@ -89,7 +89,7 @@ class Engine:
         if finished:
             prompt_ids = self._encoder.prompt(prompt).token_ids.numpy().astype(np.int32)
             known = {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids}
-            sampled.append([replace(r, text=self._text(r.token_ids), **known) for r in finished])
+            sampled.append([replace(r, text=self._text(r.last_response), **known) for r in finished])
         rollouts = sorted(itertools.chain.from_iterable(sampled), key=lambda r: r.index)
         # What was abandoned ends when the engine may hold an older version already.
         newest = self.version if request.era >= self._era else sys.maxsize
@@ -232,8 +232,8 @@ class Engine:
 
     async def _sample(self, prompt_id: str, asked: Any, request: Request, run: _Run) -> list[Rollout]:
         request_id, sampling = str(next(self._ids)), request.sampling
-        prefix = [] if run.begun is None else run.begun.token_ids.tolist()
-        run.max_tokens = sampling.max_tokens - len(prefix)
+        prefix = 0 if run.begun is None else len(run.begun.token_ids)
+        run.max_tokens = sampling.max_tokens - prefix
         params = SamplingParams(
             n=len(run.indices),
             temperature=sampling.temperature,
@@ -244,9 +244,9 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        tokens = asked["prompt_token_ids"] + prefix
+        full = asked if run.begun is None else self._encoder.going_on(asked, run.begun)
         # Blocks computed under other weights must not match.
-        salted: Any = asked | {"prompt_token_ids": tokens, "cache_salt": str(self._transfers)}
+        salted: Any = full | {"cache_salt": str(self._transfers)}
         if request.era < self._era:  # abandoned on its way here
             return [run.begun or nothing(prompt_id, i) for i in run.indices]
         self._running[request_id] = run
@@ -257,7 +257,7 @@ class Engine:
         finally:
             del self._running[request_id]
         expanded = np.asarray(final.prompt_token_ids, np.int32)
-        prompt_ids = expanded[: len(expanded) - len(prefix)]
+        prompt_ids = expanded[: len(expanded) - prefix]
         return [self._rollout(prompt_id, prompt_ids, completion, run) for completion in final.outputs]
 
     def _rollout(self, prompt_id: str, prompt_ids: np.ndarray, completion: Any, run: _Run) -> Rollout:
@@ -274,7 +274,7 @@ class Engine:
             finish_reason=completion.finish_reason,
         )
         whole = sampled if run.begun is None else joined(run.begun, sampled)
-        return replace(whole, text=self._text(whole.token_ids))
+        return replace(whole, text=self._text(whole.last_response))
 
     def _text(self, token_ids: np.ndarray) -> str:
         return b"".join(self._encoder.pieces[i] for i in token_ids).decode(errors="replace")

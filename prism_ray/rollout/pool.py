@@ -34,7 +34,7 @@ from prism_ray.rollout.life import (
 )
 from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
-from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
+from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling, Turn
 from prism_ray.rollout.worker import ENGINE_ACTOR
 from prism_ray.runtime.placement import ANYWHERE, Places
 from prism_ray.runtime.protocols import Ticket
@@ -82,15 +82,25 @@ class RolloutPool:
             raise
         return pool
 
-    async def generate(self, ticket: Ticket) -> Ticket:
+    @property
+    def era(self) -> int:
+        """How often everything in flight was abandoned because the policy went back to an older version."""
+        return self._era
+
+    @property
+    def sampling(self) -> Sampling:
+        """How groups are sampled in the present phase."""
+        s = self.settings
+        return Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
+
+    async def generate(self, ticket: Ticket, sampling: Sampling | None = None, turn: Turn | None = None) -> Ticket:
         """Sample the prompt's group; the returned ticket refers to a `Group` without verdicts.
 
         If its engine is lost meanwhile, another one samples the rest of it, or all of it (`rollout.partial`). The
-        ticket's stats count that.
+        ticket's stats count that. `turn` is what its rollouts go on from in a later turn of their episodes; Abandoned
+        if the policy that sampled that was taken back.
         """
-        s = self.settings
-        sampling = Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
-        group, meta = await self._sampled(ticket.ref, ticket.id, sampling)
+        group, meta = await self._sampled(ticket.ref, ticket.id, sampling or self.sampling, turn)
         facts = {name: meta[name] for name in ("oldest_version", "tokens", "total_tokens")}
         return replace(ticket, ref=group, stats=ticket.stats | meta["stats"], **facts)
 
@@ -181,11 +191,13 @@ class RolloutPool:
 
     # Dispatch
 
-    async def _sampled(self, prompt: Any, group_id: int, sampling: Sampling) -> tuple[Any, dict[str, Any]]:
+    async def _sampled(self, prompt: Any, group_id: int, sampling: Sampling, turn: Turn | None = None) -> Any:
         """A reference to the group and what its ticket needs."""
         if self._failure:
             raise self._failure
         job = Job(next(self._keys), group_id, prompt, sampling, self._era, asyncio.get_running_loop().create_future())
+        if turn is not None:
+            job.go_on_from(turn)
         self._jobs.add(job)
         self._queue.put(job)
         self._dispatch()
@@ -236,7 +248,7 @@ class RolloutPool:
     def _unfinished(self, job: Job, index: int, era: int, group: Any, meta: dict[str, Any]) -> bool:
         """Hand the group to whoever waits for it; whether it must go on elsewhere instead."""
         if era == job.era and meta["finished"]:
-            self._throughput.add(index, meta["tokens"] - int(job.counts[KEPT]))
+            self._throughput.add(index, meta["tokens"] - max(job.given_tokens, int(job.counts[KEPT])))
             if not job.done.done():
                 job.done.set_result((group, meta | {"stats": meta["stats"] | job.counts}))
             return False
@@ -259,7 +271,7 @@ class RolloutPool:
         elif self.settings.partial == "continue":
             known = await engine.known(job)
             if era == job.era:
-                job.so_far, job.counts[KEPT] = known, tokens_in(known)
+                job.so_far, job.counts[KEPT] = known or job.given, tokens_in(known)
             else:
                 job.counts[LOST] += tokens_in(known)
         return True

@@ -31,8 +31,22 @@ class Request:
     sampling: Sampling
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a later turn of a group's episodes goes on from: a reference to a group whose unfinished rollouts end with
+    the environment's answer, its `tokens`, and the era in which they were sampled."""
+
+    so_far: Any
+    tokens: int
+    era: int
+
+
 class EngineFailed(RuntimeError):
     """An engine that cannot go on; the message names it."""
+
+
+class Abandoned(RuntimeError):
+    """What an episode's turn goes on from was sampled by a policy that has been taken back; the episode begins anew."""
 
 
 class Garbage(EngineFailed):

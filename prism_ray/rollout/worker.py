@@ -54,7 +54,7 @@ class EngineWorker:
         lengths = [len(r.token_ids) for r in rollouts]
         stats = {
             "rollout/seconds": time.monotonic() - began,
-            "rollout/response_tokens": sum(lengths) / len(lengths),
+            "rollout/response_tokens": sum(r.sampled for r in rollouts) / len(rollouts),
             "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
             "rollout/mixed_share": sum(len(set(r.versions.tolist())) > 1 for r in rollouts) / len(rollouts),
         }

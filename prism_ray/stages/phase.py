@@ -27,7 +27,7 @@ from prism_ray.runtime import checkpoint
 from prism_ray.runtime.elastic import Following
 from prism_ray.runtime.keeper import JournalKeeper
 from prism_ray.runtime.loop import Loop, LoopState
-from prism_ray.runtime.protocols import Judge, Ratios, Ticket
+from prism_ray.runtime.protocols import Judge, Ratios, Rollouts, Ticket
 from prism_ray.runtime.supervision import Lost
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.samples import SampleLog
@@ -48,6 +48,13 @@ class Stateful(Protocol):
 
     async def save(self, folder: Path) -> None: ...
     async def load(self, folder: Path) -> Any: ...
+
+
+@runtime_checkable
+class Plays(Protocol):
+    """A judge that answers the policy in the middle of its rollouts: it stands between the loop and the engines."""
+
+    def over(self, engines: RolloutPool) -> Rollouts: ...
 
 
 class StageJudge(Judge, Protocol):
@@ -237,7 +244,8 @@ class _Rooms:
         samples = SampleLog(self.session.stage_folder(phase.name), phase.updates)
         sleeper = self.engines if self.session.colocated else None
         self._learner = _Learner(self.learner, self.keeper, samples, sleeper)
-        rooms = self.remaining, self.engines, self.judge, self._learner, self.keeper
+        rollouts = self.judge.over(self.engines) if isinstance(self.judge, Plays) else self.engines
+        rooms = self.remaining, rollouts, self.judge, self._learner, self.keeper
         loop = Loop(*rooms, phase.settings.loop, self._on_step)
         with Progress(phase.name, phase.updates) as self._progress:
             running = asyncio.create_task(loop.run(phase.updates, self.state, self.restored))

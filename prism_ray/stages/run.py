@@ -23,13 +23,16 @@ from prism_ray.corpora.reader import CorpusError, find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
+from prism_ray.models.template import set_system_turn
 from prism_ray.models.tiny import build_tiny
 from prism_ray.planning.layout import TRAINER, layouts, trainer
 from prism_ray.report.html import write_report
 from prism_ray.report.incidents import reason
 from prism_ray.report.progress import Progress
+from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.runtime import cluster, placement
 from prism_ray.stages import supervised
+from prism_ray.stages.batches import verdicts_of
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
@@ -55,16 +58,17 @@ def stages_of(session: Session) -> dict[str, Stage]:
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
     full = s.align.updates + s.rlvr.updates
     align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": (s.verify.environment, s.verify.options), **sampling}
+    tasks = {"corpus": _corpus(session, "rlvr"), "verify": verdicts_of(s.verify), **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
+    system = {"system_prompt": s.system_prompt} if s.system_prompt else {}
     evaluated = tuple(name for name in LABELS if name in s.stages) or ("sft",)
     runs: dict[str, tuple[tuple[str, ...], dict[str, Any], Any]] = {
         "base": ((), base, lambda: _base(session)),
         "sft": (
             ("base",),
-            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft")},
+            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft"), **system},
             lambda: _sft(session, "sft", "base", "sft", s.sft),
         ),
         "warmup": (
@@ -267,7 +271,10 @@ async def _base(session: Session) -> Outcome:
 
 async def _sft(session: Session, name: str, start: str, corpus: str, settings: SupervisedSettings) -> Outcome:
     phase = supervised.Phase(name, tuple(session.corpora[corpus]), settings)
-    return await _supervised(session, name, session.checkpoint(start), (phase,))
+    outcome = await _supervised(session, name, session.checkpoint(start), (phase,))
+    if session.settings.system_prompt:
+        set_system_turn(session.checkpoint(name), session.settings.system_prompt)
+    return outcome
 
 
 async def _supervised(session: Session, name: str, start: Path, phases: tuple[supervised.Phase, ...]) -> Outcome:
@@ -338,10 +345,12 @@ async def _align(session: Session) -> Outcome:
 async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcome:
     settings = session.settings
 
-    async def judge() -> StageJudge:
-        return VerifierPool(settings.verify)
-
     corpus, start_folder = session.corpora["rlvr"], session.checkpoint(start)
+
+    async def judge() -> StageJudge:
+        verify = settings.verify
+        return EpisodePool(verify, start_folder) if verify.max_turns > 1 else VerifierPool(verify)
+
     return await run_phase(
         session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=False)
     )

@@ -60,4 +60,5 @@ def _rollout(trajectory: Trajectory) -> dict[str, Any]:
         "scores": verdict.scores,
         "parts": verdict.parts,
         "reason": verdict.reason,
+        **({"turns": list(rollout.turns)} if rollout.turns else {}),
     }
