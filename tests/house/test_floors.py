@@ -17,7 +17,7 @@ FLOORS = (
     {"learner", "rollout"},
     {"verify"},
     {"weights", "runtime"},
-    {"corpora", "models", "testbed", "report"},
+    {"corpora", "models", "testbed", "report", "endpoint"},
     {"response", "codec"},
     {"records", "config"},
 )
