@@ -16,6 +16,7 @@ from prism_ray.config.objective import ObjectiveSettings
 from prism_ray.config.report import ReportSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings, JournalSettings
+from prism_ray.config.served import ServedSettings
 from prism_ray.config.stages import EvaluateSettings, PhaseSettings, RlvrSettings, WarmupSettings
 from prism_ray.config.supervised import BaseSettings, SftSettings, SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
@@ -86,12 +87,21 @@ class RunSettings(Settings):
     """Discriminator."""
     verify: VerifySettings = VerifySettings()
     """Verifier of RLVR."""
+    served: ServedSettings = ServedSettings()
+    """The endpoint that judges where `align.judge` or `rlvr.judge` is `serve`."""
     journal: JournalSettings = JournalSettings()
     """Where judged trajectories are kept."""
     cluster: ClusterSettings = ClusterSettings()
     """The Ray cluster."""
     report: ReportSettings = ReportSettings()
     """Metrics and report."""
+
+    @model_validator(mode="after")
+    def _served_somewhere(self) -> Self:
+        asking = [name for name, phase in (("align", self.align), ("rlvr", self.rlvr)) if phase.judge == "serve"]
+        if asking and not self.served.url:
+            raise ValueError(f"{asking[0]}.judge is serve but served.url is empty; give the endpoint's address")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import Callable, Iterator
+import queue
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -113,4 +119,52 @@ def serving(folder) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def client(serving) -> Iterator[TestClient]:
     with serving() as made:
+        yield made
+
+
+@dataclass
+class Endpoint:
+    """A real HTTP server in a thread of this process."""
+
+    url: str
+    service: Service
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, made: Coroutine[Any, Any, Any]) -> Any:
+        """What a coroutine of the server's event loop returns."""
+        return asyncio.run_coroutine_threadsafe(made, self.loop).result(60)
+
+
+@pytest.fixture(scope="session")
+def listening(folder) -> Callable[..., Any]:
+    """An endpoint; keyword arguments are settings."""
+
+    @contextmanager
+    def listen(where: Path | None = None, **settings: Any) -> Iterator[Endpoint]:
+        started: queue.Queue[tuple[Endpoint, uvicorn.Server]] = queue.Queue()
+
+        async def run() -> None:
+            made = ServeSettings(**settings)
+            service = Service(made)
+            await service.load(where or folder)
+            server = uvicorn.Server(uvicorn.Config(create_app(made, [digest_of(TOKEN)], service), log_level="error"))
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+                started.put((Endpoint(url, service, asyncio.get_running_loop()), server))
+                await server.serve([listener])
+            await service.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(run(),))
+        thread.start()
+        endpoint, server = started.get(timeout=120)
+        yield endpoint
+        server.should_exit = True
+        thread.join(60)
+
+    return listen
+
+
+@pytest.fixture(scope="module")
+def endpoint(listening) -> Iterator[Endpoint]:
+    with listening() as made:
         yield made
