@@ -27,6 +27,7 @@ ALONE = {
 """Benchmarks that start neither Ray nor vLLM, with ratios that must be there."""
 WITH_ENGINES = {
     "async_vs_sync": {"1_engines_staleness_1_over_sync", "1_engines_staleness_1_over_trl"},
+    "serve_load": {"requests_per_s, direct batched over served", "answered_per_s, at overload over peak"},
     "weight_sync": {"total_over_copy_1M", "paused_over_copy_1M", "write_over_copy_10M"},
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from prism_ray import codec
@@ -215,6 +217,15 @@ def bomb(side: int) -> bytes:
 def test_an_image_that_cannot_be_used_is_refused_with_a_sentence(score, response, images, code):
     status, answer = score(images, [response()])
     assert (status, answer["error"]["code"]) == (422, code) and len(answer["error"]["message"]) > 10
+
+
+def test_images_of_other_kinds_and_shapes_are_refused(score, response):
+    """A kind that PIL would decode (its kinds include programs), and a size that no grid of patches fits."""
+    for kind, size, code in (("TIFF", (32, 32), "bad_image"), ("PNG", (4000, 4), "bad_prompt")):
+        data = io.BytesIO()
+        Image.new("RGB", size).save(data, kind)
+        status, answer = score([b64(data.getvalue())], [response()])
+        assert (status, answer["error"]["code"]) == (422, code)
 
 
 @pytest.mark.parametrize(

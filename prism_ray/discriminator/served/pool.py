@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayTaskError
 
 from prism_ray.config.served import ServedSettings
 from prism_ray.config.views import ViewSettings
@@ -98,5 +99,5 @@ async def _plainly(call: Any) -> Any:
     """The value of a call, or what it raised, without Ray's wrapping."""
     try:
         return await call
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause from None
