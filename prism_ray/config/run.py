@@ -16,6 +16,7 @@ from prism_ray.config.objective import ObjectiveSettings
 from prism_ray.config.report import ReportSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings, JournalSettings
+from prism_ray.config.served import ServedSettings
 from prism_ray.config.stages import EvaluateSettings, PhaseSettings, RlvrSettings, WarmupSettings
 from prism_ray.config.supervised import BaseSettings, SftSettings, SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
@@ -90,6 +91,8 @@ class RunSettings(Settings):
     """Discriminator."""
     verify: VerifySettings = VerifySettings()
     """Verifier of RLVR."""
+    served: ServedSettings = ServedSettings()
+    """The endpoint that judges where `align.judge` or `rlvr.judge` is `serve`."""
     journal: JournalSettings = JournalSettings()
     """Where judged trajectories are kept."""
     cluster: ClusterSettings = ClusterSettings()
@@ -119,6 +122,13 @@ class RunSettings(Settings):
                 f"{self.rollout.engines * self.rollout.gpus_per_engine} GPUs and there are only {self.learner.ranks} "
                 "learner ranks; use nccl, or fewer engines"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _served_somewhere(self) -> Self:
+        asking = [name for name, phase in (("align", self.align), ("rlvr", self.rlvr)) if phase.judge == "serve"]
+        if asking and not self.served.url:
+            raise ValueError(f"{asking[0]}.judge is serve but served.url is empty; give the endpoint's address")
         return self
 
     @model_validator(mode="after")

@@ -59,6 +59,9 @@ class PhaseSettings(Settings):
     max_response_tokens: int | None = Field(default=None, ge=1)
     """A response of this phase is cut here: the engines' limit, and the constant that the objective and the overlong
     penalty count with. Unset: `rollout.max_response_tokens`, which is the most it may be."""
+    judge: Literal["own", "serve"] = "own"
+    """Who judges: the run's own (alignment's discriminator, which learns; RLVR's verifier), or with `serve` the frozen
+    discriminator behind `served.url`, which needs references of both and no warm-up."""
     optimiser: PhaseOptimiserSettings = PhaseOptimiserSettings()
     """What this phase's optimiser does otherwise than `learner` says."""
     loop: LoopSettings = LoopSettings()

@@ -36,6 +36,7 @@ from prism_ray.stages.batches import verdicts_of
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
+from prism_ray.stages.served import check_served, columns_for, depends_on, served_judge
 from prism_ray.stages.session import Interrupted, Session, watched
 from prism_ray.stages.warmup import run_warmup
 from prism_ray.testbed.corpora import SPLITS, write_corpora
@@ -56,9 +57,15 @@ def stages_of(session: Session) -> dict[str, Stage]:
     base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
     sampling = _what_shapes(s.rollout) | {"seed": s.seed}
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
+    aligned_by = judge if s.align.judge == "own" else depends_on(s)
+    verified_by = {"verify": verdicts_of(s.verify)} if s.rlvr.judge == "own" else depends_on(s)
     full = s.align.updates + s.rlvr.updates
-    align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": verdicts_of(s.verify), **sampling}
+    align = _phase(s.align, s.learner, s.align.updates) | {
+        "corpus": _corpus(session, "align"),
+        **aligned_by,
+        **sampling,
+    }
+    tasks = {"corpus": _corpus(session, "rlvr"), **verified_by, **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
@@ -84,7 +91,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
                 run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"])
             ),
         ),
-        "align": (("sft", "warmup"), align, lambda: _align(session)),
+        "align": (("sft", "warmup") if s.align.judge == "own" else ("sft",), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
         "rlvr-sft": (("sft",), rlvr_only, lambda: _rlvr(session, "rlvr-sft", "sft", full)),
         "references": (
@@ -313,6 +320,8 @@ async def _align(session: Session) -> Outcome:
     settings = session.settings
 
     async def judge() -> StageJudge:
+        if settings.align.judge == "serve":
+            return await served_judge(settings)
         return await DiscriminatorPool.start(
             session.checkpoint("warmup"),
             settings.discriminator,
@@ -323,8 +332,8 @@ async def _align(session: Session) -> Outcome:
         )
 
     async def keep_discriminator(trained: StageJudge) -> None:
-        assert isinstance(trained, DiscriminatorPool)
-        await trained.export(session.stage_folder("align") / "discriminator")
+        if isinstance(trained, DiscriminatorPool):  # one that is served is kept elsewhere
+            await trained.export(session.stage_folder("align") / "discriminator")
 
     return await run_phase(
         session,
@@ -345,21 +354,24 @@ async def _align(session: Session) -> Outcome:
 async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcome:
     settings = session.settings
 
+    by_reference = settings.rlvr.judge == "serve"
     corpus, start_folder = session.corpora["rlvr"], session.checkpoint(start)
 
     async def judge() -> StageJudge:
         verify = settings.verify
+        if by_reference:
+            return await served_judge(settings)
         return EpisodePool(verify, start_folder) if verify.max_turns > 1 else VerifierPool(verify)
 
     return await run_phase(
-        session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=False)
+        session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=by_reference)
     )
 
 
 COLUMNS_OF = {
     "sft": ("prompt", "teacher_response"),
     "align": ("prompt", "teacher_response"),
-    "rlvr": ("prompt", "reward_model"),
+    "rlvr": ("prompt",),
     "evaluate": ("prompt", "reward_model"),
 }
 """What a corpus of the user's own must have, by what it is for."""
@@ -371,7 +383,8 @@ def _refuse_testbed_judges(settings: RunSettings) -> None:
         ("rlvr", "verify.environment", settings.verify.environment, "prism_ray.verify.answer:prism/Answer-v0"),
         ("evaluate", "evaluate.truth", settings.evaluate.truth, "prism_ray.verify.answer:truth_of"),
     ):
-        if getattr(settings.data, corpus) and value.startswith("prism_ray.testbed"):
+        unused = corpus == "rlvr" and settings.rlvr.judge == "serve"
+        if not unused and getattr(settings.data, corpus) and value.startswith("prism_ray.testbed"):
             raise ValueError(f"{field} is the testbed's, but data.{corpus} is your own; set it to {other} or to yours")
 
 
@@ -385,8 +398,9 @@ def check_inputs(settings: RunSettings) -> None:
         make_environment(settings.verify.environment, settings.verify.options).close()
         for name, paths in settings.data:
             if paths:
-                find_fragments(paths, COLUMNS_OF[name])
+                find_fragments(paths, (*COLUMNS_OF[name], *columns_for(name, settings)))
         _refuse_testbed_judges(settings)
+        check_served(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
 

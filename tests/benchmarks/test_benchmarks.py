@@ -29,6 +29,7 @@ ALONE = {
 WITH_ENGINES = {
     "alignment": set(),
     "async_vs_sync": {"1_engines_staleness_1_over_sync", "1_engines_staleness_1_over_trl"},
+    "serve_load": {"requests_per_s, direct batched over served", "answered_per_s, at overload over peak"},
     "weight_sync": {"total_over_copy_1M", "paused_over_copy_1M", "write_over_copy_10M"},
 }
 

@@ -1,0 +1,98 @@
+"""The Python client against a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+
+from prism_ray.serve.client import AsyncClient, Client, EndpointError
+
+
+def test_the_client_asks_and_reads(endpoint, token, png, response, monkeypatch):
+    monkeypatch.setenv("PRISM_SERVE_TOKEN", token)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+    question = {"prompt": "<image> count red", "images": [pixels]}
+    with Client(endpoint.url) as client:
+        answer = client.score(responses=[response(), "broken"], reference=response(" red"), **question)
+        preference = client.compare(first=response(), second=response(" blue"), **question).preference
+        many = client.score_many([{**question, "responses": response()} for _ in range(5)])
+        model = client.model()
+    assert answer.array.shape == (2, 2) and answer.results[0].gap and answer.results[1].reward == 0
+    assert preference.combined is not None and 0 < preference.combined < 1
+    combined = pytest.approx(answer.results[0].combined, rel=1e-5)
+    assert [a.results[0].combined for a in many] == [combined] * 5
+    assert model.model == answer.model
+
+    async def ask():
+        async with AsyncClient(endpoint.url + "/") as client:
+            return await client.score(responses=response(), **question)
+
+    assert asyncio.run(ask()).results[0].combined == combined
+
+
+def test_a_refusal_is_an_error_with_its_code_and_sentence(endpoint, token, response):
+    with Client(endpoint.url, "wrong") as client, pytest.raises(EndpointError, match="not one that this endpoint") as e:
+        client.model()
+    assert (e.value.status, e.value.code) == (401, "wrong_token")
+    with Client(endpoint.url, token) as client, pytest.raises(EndpointError, match="1000 responses; the limit is 64"):
+        client.score("red", [response()] * 1000)
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """Turns the first calls away, hangs up on the next, then says what is no answer of the endpoint."""
+
+    calls: list[float] = []
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.calls.append(time.monotonic())
+        if len(self.calls) == 2:
+            return self.connection.close()
+        busy = len(self.calls) < 4
+        self.send_response(503 if busy else 200)
+        if busy:
+            self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(b"an error page of a load balancer")
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def busy():
+    _Busy.calls = []
+    server = HTTPServer(("127.0.0.1", 0), _Busy)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_busy_endpoint_is_asked_again_when_it_says_so(busy):
+    with Client(busy, "") as client, pytest.raises(EndpointError, match="load balancer") as caught:
+        client.model()
+    assert caught.value.status == 200 and len(_Busy.calls) == 4
+    assert _Busy.calls[1] - _Busy.calls[0] >= 1 and _Busy.calls[3] - _Busy.calls[2] >= 1
+
+
+def test_patience_ends(busy):
+    with Client(busy, "", patience_s=0.5) as client, pytest.raises(EndpointError, match="HTTP 503"):
+        client.model()
+    assert len(_Busy.calls) == 1
+    with Client("http://127.0.0.1:9", "", patience_s=0.1) as client, pytest.raises(EndpointError, match="no answer"):
+        client.model()
+
+
+def test_the_client_needs_neither_ray_nor_torch():
+    code = "import sys, prism_ray.serve.client; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
