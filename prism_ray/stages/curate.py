@@ -36,6 +36,7 @@ from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import cluster
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -226,7 +227,7 @@ async def _next_batch(stream: PromptStream, size: int, wanted: int) -> tuple[lis
 
 async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, rooms: _Rooms) -> list[dict[str, Any]]:
     """Sample a batch and judge it; the rows of its part."""
-    prompts: list[Prompt] = [await ref for _, ref in batch]
+    prompts: list[Prompt] = [await fetch(ref, f"the prompt of row {position}") for position, ref in batch]
     rollout = settings.rollout
     groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
     judged = await asyncio.gather(*(_judged(group, rooms.verifiers) for group in groups))
@@ -238,7 +239,7 @@ async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, room
 
 async def _judged(group: Group, verifiers: VerifierPool) -> Group:
     ticket = await verifiers.judge(Ticket(group.id, group.prompt.id, 0, group))
-    return await ticket.ref
+    return await fetch(ticket.ref, f"judged group {group.id}")
 
 
 def _numbers(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -178,7 +178,8 @@ class VerifierPool:
     async def _up(self, desk: _Desk) -> Watched:
         """Who sits at the desk, up and not known to be lost; RuntimeError where nobody can be seated."""
         for _ in range(_ATTEMPTS):
-            if desk.watched.is_lost:
+            if desk.watched.is_lost:  # while it had nothing to do
+                logger.warning("%s; it is replaced", desk.watched.loss)
                 self._seat(desk)
             if desk.up:
                 return desk.watched
@@ -186,7 +187,8 @@ class VerifierPool:
             try:
                 await desk.watched.answer(actor.ready.remote(), "start", limit)
             except Lost as error:
-                logger.warning("%s", error)
+                logger.warning("%s; it is replaced", error)
+                self._seat(desk)
                 continue
             except TimeoutError:
                 self._seat(desk)
