@@ -13,7 +13,7 @@ from tests.chaos.world import HEARTBEAT_S, World, actors, check_no_orphans, logg
 
 SILENT = f"has not answered for {HEARTBEAT_S} s"
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool
 
 UPDATES, GROUPS = 6, 2
-HEARTBEAT_S = 12
+HEARTBEAT_S = 20
 """More than a busy machine of two cores lets an actor wait for its turn."""
 SMALL = [
     "name=chaos", "verify.environment=slow_environment:prism-test/Parity-v0",

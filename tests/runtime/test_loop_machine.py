@@ -225,7 +225,7 @@ class Machine(RuleBasedStateMachine):
     def done(self, one: Pending, data, odd: bool) -> None:
         one.future.set_result(None)
 
-    @precondition(lambda self: self.recoveries < 4 and len(self.rooms.trained) > self.saved.version)
+    @precondition(lambda self: self.recoveries < 4 and self.rooms.held)
     @rule(data=st.data())
     def a_recovery_goes_back_to_the_checkpoint(self, data):
         """Whatever is under way is lost; of what the journal was to write, some is written."""
