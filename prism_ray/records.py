@@ -134,14 +134,18 @@ class Group:
         return max((int(r.versions.max()) for r in self.rollouts if len(r.versions)), default=0)
 
 
+UNDONE = -1
+"""In place of a judge's version: those weights were undone by a recovery, and their number will name others."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A group on its way: first a prompt (`ref` holds a `Prompt`), then its rollouts, then judged (a `Group`).
 
     `id` is the submission number, unique in a run; `position` is the prompt's place in the stream (epoch and row, as
     the stream counts them); `oldest_version` the policy version of the group's oldest token, `judge_version` the
-    oldest discriminator version among its verdicts; `tokens` the number of response tokens, `total_tokens` those and
-    the prompt's (what a learner computes); `stats` small numbers for the metrics.
+    oldest discriminator version among its verdicts, or UNDONE; `tokens` the number of response tokens, `total_tokens`
+    those and the prompt's (what a learner computes); `stats` small numbers for the metrics.
     """
 
     id: int

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,25 @@ def prepared(
         while True:
             window = list(islice(remaining, settings.readers))
             coming: Future[list[Any]] | None = thread.submit(_execute, window, work, settings) if window else None
-            for ref in ahead.result() if ahead is not None else []:
-                table: Any = ray.get(ref)
+            for ref in _within(settings.timeout_s, ahead.result) if ahead is not None else []:
+                table: Any = _within(settings.timeout_s, partial(ray.get, ref))
                 yield from table.to_pylist()
             if coming is None:
                 return
             ahead = coming
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _within(limit_s: float, wait: Callable[..., Any]) -> Any:
+    """What `wait(timeout=…)` returns; TimeoutError says what did not come."""
+    try:
+        return wait(timeout=limit_s)
+    except TimeoutError:
+        raise TimeoutError(
+            f"waited {limit_s:g} s for Ray Data to read rows (corpora.timeout_s); does the cluster have "
+            "corpora.reader_cpus to spare, and is the storage reachable?"
+        ) from None
 
 
 def _execute(

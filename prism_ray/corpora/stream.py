@@ -2,21 +2,25 @@
 
 Ray Data runs inside an actor, so the loop's event loop never waits for it; prompts come back as the actor's return
 values, which the loop owns, so they outlive the actor. The actor keeps no state that matters: it is told the position
-to read from, and one that was killed is started again by Ray and goes on there.
+to read from, and one that was killed is started again by Ray and goes on there; one that hangs is replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import pickle
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
+from ray.exceptions import RayActorError
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
@@ -24,6 +28,13 @@ from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, read_piece, reading_error
 from prism_ray.corpora.rows import BadRow, prompt_from_row
 from prism_ray.records import Prompt
+
+RESTARTS = 3
+"""How often Ray starts a reader that died again: it keeps nothing, so the fault is hardly in what it was doing."""
+HEALTH_S = 30.0
+"""A reader that keeps somebody waiting for so long is asked whether it lives, and may take as long again to say so."""
+
+log = logging.getLogger(__name__)
 
 
 def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
@@ -66,8 +77,13 @@ class PromptReader:
         self._position = -1
         self._rows: Iterator[tuple[int, Prompt | Quarantined]] = iter(())
 
+    @ray.method(concurrency_group="health")
+    def alive(self) -> None:
+        """Answers, also while it reads."""
+
     def next(self, position: int, count: int) -> tuple[Any, ...]:
-        """The next `count` usable prompts from `position` on: first a list of (id, position), then the prompts."""
+        """The next `count` usable prompts from `position` on: first the process's number and a list of (id, position),
+        then the prompts."""
         if position != self._position:
             self._rows = self._read(position)
         prompts: list[Prompt] = []
@@ -89,7 +105,7 @@ class PromptReader:
         finally:
             if self._quarantine is not None and len(self._bad) > known:
                 self._bad.write(self._quarantine)
-        return places, *prompts
+        return (os.getpid(), places), *prompts
 
     def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
         """Endless."""
@@ -126,9 +142,10 @@ class PromptStream:
         self._ready: deque[tuple[str, int, Any]] = deque()
         self._pending: list[ray.ObjectRef] | None = None
         self._lock = asyncio.Lock()
-        actor = ray.remote(PromptReader).options(num_cpus=0, max_restarts=3, max_task_retries=3)
         self._name, self._timeout_s = ", ".join(map(str, paths)), settings.timeout_s
-        self._reader: Any = actor.remote(order, needs, settings, self._name, quarantine)
+        self._start = lambda: _READER.remote(order, needs, settings, self._name, quarantine)
+        self._reader: Any = self._start()
+        self._process: int | None = None
         self._request()
 
     async def take(self) -> tuple[str, int, Any]:
@@ -149,17 +166,61 @@ class PromptStream:
         self._pending = method.remote(self._requested, self._chunk)
 
     async def _receive(self) -> None:
-        assert self._pending is not None
-        places_ref, *refs = self._pending
-        try:
-            places = await asyncio.wait_for(asyncio.wrap_future(places_ref.future()), self._timeout_s)
-        except TimeoutError:
-            raise TimeoutError(
-                f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "
-                "corpora.reader_cpus to spare, and is the storage reachable?"
-            ) from None
-        except Exception as error:
-            raise reading_error(error) or error from None
+        for _ in range(RESTARTS + 1):
+            if (answer := await self._answer()) is not None:
+                break
+            log.warning("the reader of %s hangs; another one goes on from position %d", self._name, self._requested)
+            ray.kill(self._reader)
+            self._reader, self._process = self._start(), None
+            self._request()
+        else:
+            raise RuntimeError(f"the reader of {self._name} hung {RESTARTS + 1} times; its worker's log may say why")
+        (process, places), refs = answer
+        if self._process not in (None, process):
+            log.warning("the reader of %s died; another one went on from position %d", self._name, self._requested)
+        self._process = process
         self._ready.extend((i, place, ref) for (i, place), ref in zip(places, refs, strict=True))
         self._requested = places[-1][1] + 1
         self._request()
+
+    async def _answer(self) -> tuple[tuple[int, list[tuple[str, int]]], list[Any]] | None:
+        """What `PromptReader.next` says of the prompts asked for, and references to them; None if the reader hangs."""
+        assert self._pending is not None
+        said, *refs = self._pending
+        coming, deadline = asyncio.wrap_future(said.future()), time.monotonic() + self._timeout_s
+        try:
+            while not (await asyncio.wait({coming}, timeout=min(HEALTH_S, self._timeout_s)))[0]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "
+                        "corpora.reader_cpus to spare, and is the storage reachable?"
+                    )
+                if not await self._lives():
+                    return None
+            return coming.result(), refs
+        except RayActorError as error:
+            raise RuntimeError(
+                f"the reader of {self._name} died more than {RESTARTS} times; its worker's log says why"
+            ) from error
+        except Exception as error:
+            raise reading_error(error) or error from None
+        finally:
+            coming.cancel()
+
+    async def _lives(self) -> bool:
+        """Whether it answers, which it does in a thread of its own; one that is only being started counts as alive."""
+        if self._process is None:
+            return True
+        alive = asyncio.wrap_future(self._reader.alive.remote().future())
+        try:
+            await asyncio.wait({alive}, timeout=HEALTH_S)
+            if alive.done():
+                alive.exception()  # whoever waits for the prompts meets it, too
+            return alive.done()
+        finally:
+            alive.cancel()
+
+
+_READER: Any = cast(Any, ray.remote)(
+    num_cpus=0, max_restarts=RESTARTS, max_task_retries=RESTARTS, concurrency_groups={"health": 1}
+)(PromptReader)

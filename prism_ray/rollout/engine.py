@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -91,8 +90,7 @@ class Engine:
             known = {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids}
             sampled.append([replace(r, text=self._text(r.last_response), **known) for r in finished])
         rollouts = sorted(itertools.chain.from_iterable(sampled), key=lambda r: r.index)
-        # What was abandoned ends when the engine may hold an older version already.
-        newest = self.version if request.era >= self._era else sys.maxsize
+        newest = self.version if request.era >= self._era else None
         check_rollouts(rollouts, request.sampling, len(self._encoder.pieces), newest)
         return rollouts
 

@@ -38,7 +38,7 @@ from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling, Turn
 from prism_ray.rollout.worker import ENGINE_ACTOR
 from prism_ray.runtime.placement import ANYWHERE, Places
 from prism_ray.runtime.protocols import Ticket
-from prism_ray.runtime.supervision import Lost, Watched
+from prism_ray.runtime.supervision import Lost, Watched, fetch
 from prism_ray.weights.files import remove_orphans
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class RolloutPool:
 
         async def one(index: int, prompt: Prompt) -> Group:
             group, _ = await self._sampled(prompt, index, sampling)
-            return await group
+            return await fetch(group, f"the rollouts of prompt {index}")
 
         return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from prism_ray.config.runtime import LoopSettings
-from prism_ray.runtime.buffer import GENERATION, JOURNAL, VERDICT, Buffer
+from prism_ray.runtime.buffer import GENERATION, JOURNAL, VERDICT, Buffer, StallError
 from prism_ray.runtime.gate import submission_limit
 from prism_ray.runtime.informative import Informative
 from prism_ray.runtime.protocols import Judge, Learner, Prompts, Ratios, Rollouts, Ticket
@@ -201,16 +201,29 @@ class Loop:
     async def _fresh(self, batch: list[Ticket]) -> tuple[list[Ticket], dict[str, float]]:
         """The batch with verdicts within `max_judge_lag`, and metrics of how old they are.
 
-        A verdict by weights that the judge no longer knows (it went back to a checkpoint) is too old as well.
+        A verdict by weights that were undone (the judge went back to a checkpoint) is too old as well.
         """
-        most, now = self.settings.max_judge_lag, self.judge.version
-        late = [ticket for ticket in batch if not 0 <= now - ticket.judge_version <= most]
+        now = self.judge.version
+        recent = range(max(0, now - self.settings.max_judge_lag), now + 1)  # UNDONE is below
+        late = [ticket for ticket in batch if ticket.judge_version not in recent]
         if late:
-            anew = {t.id: t for t in await asyncio.gather(*(self.judge.judge(t) for t in late))}
+            anew = {t.id: t for t in await self._judged_anew(late)}
             batch = [anew.get(ticket.id, ticket) for ticket in batch]
         lags = [now - t.judge_version for t in batch]
         metrics = {"staleness/judge_max": float(max(lags)), "staleness/judge_mean": sum(lags) / len(lags)}
         return batch, metrics | {"staleness/judged_again": float(len(late))}
+
+    async def _judged_anew(self, late: list[Ticket]) -> list[Ticket]:
+        limit = self.settings.stall_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await asyncio.gather(*(self.judge.judge(t) for t in late))
+        except TimeoutError:
+            raise StallError(
+                f"update {self.state.version + 1} waited {limit:.0f} s for new verdicts on groups "
+                f"{[t.id for t in late][:8]}, whose own were too old. Look at the judge's log, or raise this stage's "
+                "loop.stall_timeout_s"
+            ) from None
 
     async def _learn(self, batch: list[Ticket]) -> dict[str, float]:
         """One step of the policy and one of the judge, at the same time unless the judge needs the policy's ratios:

@@ -31,6 +31,7 @@ from prism_ray.rollout.pool import RolloutPool
 from prism_ray.rollout.sampling import Sampling
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.session import TokenCounter
@@ -187,7 +188,7 @@ async def _sample_all(settings: EvaluationSettings, first: int, wanted: int) -> 
             while not exhausted:
                 batch, exhausted = await next_batch(stream, settings.batch, wanted)
                 after = wanted if exhausted else batch[-1][0] + 1
-                prompts: list[Prompt] = [await ref for _, ref in batch]
+                prompts: list[Prompt] = [await fetch(ref, f"the prompt of row {position}") for position, ref in batch]
                 rows = await examiner.examine(prompts)
                 for row, (position, _) in zip(rows, batch, strict=True):
                     row["position"] = position

@@ -38,6 +38,7 @@ from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
@@ -201,7 +202,7 @@ async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted
 async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, rooms: _Rooms) -> list[dict[str, Any]]:
     """Sample a batch and judge it; the rows of its part. What was said in several turns makes no pair with a reference:
     its text is not kept."""
-    prompts: list[Prompt] = [await ref for _, ref in batch]
+    prompts: list[Prompt] = [await fetch(ref, f"the prompt of row {position}") for position, ref in batch]
     rollout, verifiers = settings.rollout, rooms.verifiers
     if isinstance(verifiers, EpisodePool):
         judged = await verifiers.sample(prompts, rooms.engines.sampling)
@@ -216,7 +217,7 @@ async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, room
 
 async def _judged(group: Group, verifiers: VerifierPool) -> Group:
     ticket = await verifiers.judge(Ticket(group.id, group.prompt.id, 0, group))
-    return await ticket.ref
+    return await fetch(ticket.ref, f"judged group {group.id}")
 
 
 def _numbers(rows: list[dict[str, Any]]) -> dict[str, float]:

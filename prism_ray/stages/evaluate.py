@@ -14,6 +14,7 @@ from prism_ray.corpora.stream import PromptStream
 from prism_ray.records import Group, Prompt
 from prism_ray.report.evaluation import accuracy, evaluation_metrics
 from prism_ray.report.progress import Progress
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
 
@@ -87,7 +88,7 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
     try:
         count = min(settings.evaluate.prompts, stream.rows)
         taken = [await stream.take() for _ in range(count)]
-        return [await ref for _, position, ref in taken if position < stream.rows]
+        return [await fetch(ref, f"prompt {name}") for name, position, ref in taken if position < stream.rows]
     finally:
         stream.shutdown()
 

@@ -141,7 +141,7 @@ class _Recoveries:
 
     def note(self, lost: Exception, version: int) -> None:
         """Something was lost, and the phase shall go on from `version`; raises RuntimeError if it did so too often."""
-        sentence = str(lost).strip().split("\n", 1)[0].rstrip(".")
+        sentence = _sentence(lost)
         self._count = self._count + 1 if version == self._version else 1
         self._version = version
         if self._count > self._most:
@@ -150,6 +150,14 @@ class _Recoveries:
                 "(cluster.max_recoveries) and got no further; look into that actor's log"
             ) from lost
         log.warning("%s: %s; the stage goes on from update %d", self._name, sentence, version)
+
+
+def _sentence(lost: Exception) -> str:
+    """What was lost, on one line. Of an object Ray tells first how to find out where it was made, then the cause."""
+    paragraphs = [paragraph.split("\n", 1)[0] for paragraph in str(lost).strip().split("\n\n")]
+    if not isinstance(lost, ObjectLostError):
+        return paragraphs[0].rstrip(".")
+    return f"a group is gone from the object store: {paragraphs[min(1, len(paragraphs) - 1)].split('. ', 1)[0]}"
 
 
 class _Rooms:
@@ -222,7 +230,8 @@ class _Rooms:
         settings = self.session.settings
         # An id that was given away may still be known to an engine, which the journal does not know.
         self.state.next_id = max(self.state.next_id, self._next_id)
-        self.restored, done = await checkpoint.take_up(self.keeper, self.state, self.phase.settings.loop)
+        loop = self.phase.settings.loop
+        self.restored, done = await checkpoint.take_up(self.keeper, self.state, self.judge.version, loop)
         if self.state.version:
             log.info("%s goes on at update %d", self.phase.name, self.state.version)
         self.prompts = PromptStream(
@@ -289,5 +298,6 @@ class _Rooms:
         if isinstance(self.judge, Stateful):
             saving.append(self.judge.save(folder / "judge"))
         await asyncio.gather(*saving)
+        await asyncio.to_thread(checkpoint.settle, self.state_folder, state.version)
         checkpoint.commit(self.state_folder, state)
         await self.keeper.forget(state.groups)

@@ -30,7 +30,7 @@ from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantine
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
 from prism_ray.stages.supervised_data import Course, Job
-from prism_ray.stages.supervised_entry import Inbox, train_rank
+from prism_ray.stages.supervised_entry import Inbox, ask_inbox, train_rank
 from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
 
 OnMetrics = Callable[[str, int, dict[str, float]], None]
@@ -89,7 +89,7 @@ def train_supervised(
     courses = tuple(_course(phase, str(checkpoint_in.resolve()), settings, corpora, seed) for phase in phases)
     bad = [Quarantine(course.name, course.order.rows, corpora.max_bad_share) for course in courses]
     optimisers = tuple(_optimiser(phase.settings, settings) for phase in phases)
-    inbox: Any = ray.remote(Inbox).options(num_cpus=0).remote()
+    inbox: Any = ray.remote(Inbox).options(num_cpus=0, max_restarts=3, max_task_retries=3).remote()
     out = str(out_folder.resolve())
     job = Job(str(checkpoint_in.resolve()), out, courses, optimisers, settings, corpora)
     run_name = f"{name}-{_fingerprint(job, phases)}"
@@ -223,11 +223,11 @@ def _fit(trainer: ray_torch.TorchTrainer, inbox: Any, desk: _Desk, grace_s: floa
     thread.start()
     while True:
         running = thread.is_alive()
-        for message in ray.get(inbox.take.remote()):
+        for message in ask_inbox(inbox.take.remote(), "hand them out"):
             desk.take(message)
         desk.attend()
         if desk.error is not None and running:
-            ray.get(inbox.stop.remote())
+            ask_inbox(inbox.stop.remote(), "tell them to stop")
         if not running or time.monotonic() - desk.since > grace_s:
             break
         thread.join(timeout=POLL_S)

@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 from ray import train
@@ -23,6 +22,7 @@ from prism_ray.learner.engine import TrainEngine
 from prism_ray.models.adapters import freeze
 from prism_ray.models.load import load_policy, save_weights
 from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
+from prism_ray.stages.supervised_entry import ask_inbox
 
 ENGINE = "engine"
 STATE = "state.json"
@@ -130,7 +130,7 @@ class Rank:
 
     def _tell(self, *message: Any) -> None:
         """A message to the driver; its answer is whether to stop."""
-        self.stop = bool(ray.get(self.inbox.put.remote(message)))
+        self.stop = bool(ask_inbox(self.inbox.put.remote(message), "take one"))
         self.heard = time.monotonic()
 
     def _train(self, portion: Portion) -> None:

@@ -19,6 +19,7 @@ from prism_ray.discriminator.start import judge_start
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
@@ -155,7 +156,7 @@ async def _sample(
     while len(prompts) < count:
         prompt_id, _, ref = await stream.take()
         if prompt_id not in reserved:
-            prompts.append(await ref)
+            prompts.append(await fetch(ref, f"prompt {prompt_id}"))
     return await engines.sample(prompts, rollouts)
 
 

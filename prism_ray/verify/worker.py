@@ -180,7 +180,8 @@ class Desk:
     async def _up(self) -> Watched:
         """Who sits at the desk, up and not known to be lost; RuntimeError where nobody can be seated."""
         for _ in range(_ATTEMPTS):
-            if self.watched.is_lost:
+            if self.watched.is_lost:  # while it had nothing to do
+                logger.warning("%s; it is replaced", self.watched.loss)
                 self.seat()
             if self._is_up:
                 return self.watched
@@ -188,7 +189,8 @@ class Desk:
             try:
                 await self.watched.answer(actor.ready.remote(), "start", limit)
             except Lost as error:
-                logger.warning("%s", error)
+                logger.warning("%s; it is replaced", error)
+                self.seat()
                 continue
             except TimeoutError:
                 self.seat()
