@@ -9,20 +9,25 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_ray.corpora.reader import CorpusError
+from prism_ray.corpora.files import CorpusError
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A bad row: where it lies, the short reason it is counted by, and what is particular to it."""
+    """A bad row: where it lies, the short reason it is counted by, and what is particular to it.
+
+    `unit` is what `row` counts: rows of the file, or of JSON the byte where the row begins (`tail -c +N file | head -1`
+    shows the row at byte N - 1).
+    """
 
     file: str
     row: int
     reason: str
     detail: str = ""
+    unit: str = "row"
 
 
-_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
+_SCHEMA = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for name in Quarantined.__annotations__])
 
 
 class Quarantine:
@@ -51,7 +56,7 @@ class Quarantine:
         example = next(iter(self._bad.values()))
         return (
             f"{self.name}: more than {self.max_share:.1%} of its {self.rows} rows cannot be used ({worst}; for example "
-            f"row {example.row} of {example.file}); repair them or raise corpora.max_bad_share"
+            f"{example.unit} {example.row} of {example.file}); repair them or raise corpora.max_bad_share"
         )
 
     @property
@@ -71,7 +76,7 @@ class Quarantine:
         """Write (or complete) `quarantine.parquet`; nothing is written where there is nothing to say."""
         if not self._bad:
             return
-        kept = [] if not path.exists() else pq.read_table(path, schema=_SCHEMA).to_pylist()
+        kept = pq.read_table(path).to_pylist() if path.exists() else []
         merged = {(item["file"], item["row"]): item for item in kept}
         merged |= {key: asdict(item) for key, item in self._bad.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

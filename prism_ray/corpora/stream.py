@@ -8,6 +8,7 @@ to read from, and one that was killed is started again by Ray and goes on there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,23 +21,25 @@ import ray
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
+from prism_ray.corpora.files import Source, names_of
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, read_piece, reading_error
-from prism_ray.corpora.rows import BadRow, prompt_from_row
+from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, prompt_at, read_piece, reading_error
+from prism_ray.corpora.rows import BadRow
 from prism_ray.records import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
     """The prompts of a piece with their positions; rows that cannot be used come as what goes into quarantine."""
     file = piece.fragment.file
-    folder = None if "://" in file else Path(file).parent
     for position, row, columns in read_piece(piece):
         try:
-            prompt = prompt_from_row(columns, default_id=f"{Path(file).stem}:{row}", folder=folder)
+            prompt = prompt_at(file, row, columns)
             check(prompt, needs)
             yield position, prompt
         except BadRow as bad:
-            yield position, Quarantined(file, row, bad.reason, bad.detail)
+            yield position, Quarantined(file, row, bad.reason, bad.detail, piece.fragment.unit)
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ class PromptReader:
         self._order = order
         self._needs = needs
         self._settings = settings
-        self._bad = Quarantine(name, order.rows, settings.max_bad_share)
+        self._bad = Quarantine(name, order.about, settings.max_bad_share)
         self._quarantine = quarantine
         self._position = -1
         self._rows: Iterator[tuple[int, Prompt | Quarantined]] = iter(())
 
     def next(self, position: int, count: int) -> tuple[Any, ...]:
-        """The next `count` usable prompts from `position` on: first a list of (id, position), then the prompts."""
+        """The next `count` usable prompts from `position` on: first a list of (id, position) and what is to be said of
+        bad rows ("" if there are none), then the prompts."""
         if position != self._position:
             self._rows = self._read(position)
         prompts: list[Prompt] = []
@@ -89,37 +93,40 @@ class PromptReader:
         finally:
             if self._quarantine is not None and len(self._bad) > known:
                 self._bad.write(self._quarantine)
-        return places, *prompts
+        return (places, self._bad.summary() if len(self._bad) else ""), *prompts
 
     def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
         """Endless."""
-        step = self._settings.rows_per_task
-        tasks = ({"start": start, "stop": start + step} for start in count(position, step))
-        for row in prepared(tasks, _Reading(self._order, self._needs), self._settings):
+        for row in prepared(self._tasks(position), _Reading(self._order, self._needs), self._settings):
             yield row["position"], pickle.loads(row["item"])
+
+    def _tasks(self, position: int) -> Iterator[dict[str, int]]:
+        for start in count(position, self._settings.rows_per_task):
+            stop = start + self._settings.rows_per_task
+            self._order.count_to(stop)
+            yield {"start": start, "stop": stop}
 
 
 class PromptStream:
-    """Fulfils `runtime.protocols.Prompts` over Parquet files.
+    """Fulfils `runtime.protocols.Prompts` over files of any known format.
 
     Endless, epoch after epoch, in an order that depends on the files and `seed` alone. `position` is the place of the
     next row (epoch times rows of the corpus plus row); a stream made with it yields exactly what remained. Rows that
-    cannot be used are skipped, written to `quarantine` and counted; too many of them, or a damaged file, make `take`
-    raise `CorpusError`. Files are looked at (footers only) when the stream is made, so that a missing one fails early.
+    cannot be used are skipped, written to `quarantine` and counted (`shutdown` logs how many, by reason); too many of
+    them, or a damaged file, make `take` raise `CorpusError`. Files are looked at (footers only) when the stream is
+    made, so that a missing one fails early.
     """
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        sources: Sequence[Source],
         needs: Requirements,
         settings: CorporaSettings,
         seed: int,
         position: int = 0,
         quarantine: Path | None = None,
     ) -> None:
-        order = RowOrder(find_fragments(paths), seed)
-        self.rows = order.rows
-        """Rows of one epoch."""
+        self.order = RowOrder(find_fragments(sources, max_json_mb=settings.max_json_mb), seed)
         self.position = position
         self._requested = position
         self._chunk = max(1, settings.look_ahead // 2)  # one half is handed out while the other is read
@@ -127,9 +134,15 @@ class PromptStream:
         self._pending: list[ray.ObjectRef] | None = None
         self._lock = asyncio.Lock()
         actor = ray.remote(PromptReader).options(num_cpus=0, max_restarts=3, max_task_retries=3)
-        self._name, self._timeout_s = ", ".join(map(str, paths)), settings.timeout_s
-        self._reader: Any = actor.remote(order, needs, settings, self._name, quarantine)
+        self._bad = ""
+        self._name, self._timeout_s = names_of(sources), settings.timeout_s
+        self._reader: Any = actor.remote(self.order, needs, settings, self._name, quarantine)
         self._request()
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch; of JSON Lines they are counted for it."""
+        return self.order.rows
 
     async def take(self) -> tuple[str, int, Any]:
         """The next prompt: its id, its position and an `ObjectRef` of the `Prompt`."""
@@ -142,6 +155,8 @@ class PromptStream:
 
     def shutdown(self) -> None:
         """Stop reading."""
+        if self._bad:
+            log.warning("%s", self._bad)
         ray.kill(self._reader)
 
     def _request(self) -> None:
@@ -152,7 +167,7 @@ class PromptStream:
         assert self._pending is not None
         places_ref, *refs = self._pending
         try:
-            places = await asyncio.wait_for(asyncio.wrap_future(places_ref.future()), self._timeout_s)
+            places, self._bad = await asyncio.wait_for(asyncio.wrap_future(places_ref.future()), self._timeout_s)
         except TimeoutError:
             raise TimeoutError(
                 f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "

@@ -84,9 +84,9 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
         quarantine=session.quarantine,
     )
     try:
-        count = min(settings.evaluate.prompts, stream.rows)
+        count = stream.order.first(settings.evaluate.prompts)
         taken = [await stream.take() for _ in range(count)]
-        return [await ref for _, position, ref in taken if position < stream.rows]
+        return [await ref for _, position, ref in taken if stream.order.first(position + 1) > position]
     finally:
         stream.shutdown()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.corpora import SourceSettings
 from prism_ray.config.judging import JUDGING_FIELDS
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.load import to_yaml
@@ -19,7 +21,8 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
-from prism_ray.corpora.reader import CorpusError, find_fragments
+from prism_ray.corpora.files import CorpusError, Source, find_files
+from prism_ray.corpora.reader import find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
@@ -189,7 +192,7 @@ def _on_signal(session: Session) -> None:
     session.stop.set()
 
 
-def _corpora(session: Session) -> dict[str, list[Path]]:
+def _corpora(session: Session) -> dict[str, list[Source]]:
     """The user's corpora, and the testbed's where there are none."""
     settings = session.settings
     own = {name: paths for name, paths in settings.data if paths}
@@ -242,13 +245,11 @@ def _corpus(session: Session, name: str) -> Any:
     """What identifies a corpus: the user's files by path, size and time, or the testbed's settings for that split."""
     settings = session.settings
     if own := getattr(settings.data, name, []):
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(_files(own))]
+        files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _, _ in find_files(own)]
+        read_as = [source.model_dump(mode="json") for source in own if isinstance(source, SourceSettings)]
+        return sorted(files) + read_as
     sizes: set[str] = {*SPLITS} - {name}
     return {"testbed": settings.testbed.model_dump(mode="json", exclude=sizes), "seed": settings.seed}
-
-
-def _files(paths: list[Path]) -> list[Path]:
-    return [file for p in paths for file in (p.rglob("*.parquet") if p.is_dir() else [p])]
 
 
 async def _base(session: Session) -> Outcome:
@@ -375,7 +376,7 @@ def check_inputs(settings: RunSettings) -> None:
         make_environment(settings.verify.environment, settings.verify.options).close()
         for name, paths in settings.data:
             if paths:
-                find_fragments(paths, COLUMNS_OF[name])
+                find_fragments(paths, COLUMNS_OF[name], settings.corpora.max_json_mb)
         _refuse_testbed_judges(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error

@@ -12,6 +12,7 @@ from typing import TypeVar
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
+from prism_ray.corpora.files import Source
 from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder
 from prism_ray.records import Prompt
@@ -37,7 +38,7 @@ class Session:
     def __init__(self, settings: RunSettings, metrics: MetricsLog, summary: Summary):
         self.settings, self.metrics, self.summary = settings, metrics, summary
         self.folder = (settings.runs / settings.name).resolve()
-        self.corpora: dict[str, list[Path]] = {}
+        self.corpora: dict[str, list[Source]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
         self._pool: RolloutPool | None = None

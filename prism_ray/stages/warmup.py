@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prism_ray.corpora.reader import CorpusError
+from prism_ray.corpora.files import CorpusError, Source
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.discriminator.model import create_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
@@ -40,7 +40,7 @@ class WeakDiscriminator(RuntimeError):
     """The warmed-up discriminator does not tell references from rollouts well enough to train a policy on."""
 
 
-async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Path]) -> Outcome:
+async def run_warmup(session: Session, name: str, policy: Path, corpus: Sequence[Source]) -> Outcome:
     """Make the policy (or `discriminator.policy`) a discriminator, train it on the policy's rollouts, and export it.
 
     Stops early once every view's held-out pair accuracy has reached the target. What it has become is then examined on
@@ -67,7 +67,7 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
         quarantine=session.quarantine,
     )
     try:
-        if stream.rows <= settings.warmup.held_out_prompts:
+        if stream.order.first(settings.warmup.held_out_prompts + 1) <= settings.warmup.held_out_prompts:
             raise CorpusError(
                 f"warmup.held_out_prompts is {settings.warmup.held_out_prompts} but the corpus has only {stream.rows} "
                 "prompts; lower it, so that some are left to train on"
