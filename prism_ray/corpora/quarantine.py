@@ -31,24 +31,32 @@ _SCHEMA = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for na
 
 
 class Quarantine:
-    """Collects the bad rows of a corpus of `rows` rows; more than `max_share` of them is an error.
+    """Collects the bad rows of a corpus of (about) `rows` rows; more than `max_share` of them is an error.
 
     A row counts once, however often it returns.
     """
 
     def __init__(self, name: str, rows: int, max_share: float) -> None:
         self.name = name
-        self.limit = max_share * rows
         self.rows = rows
         self.max_share = max_share
         self._bad: dict[tuple[str, int], Quarantined] = {}
 
     def add(self, bad: list[Quarantined]) -> None:
         """Take in bad rows; raises `CorpusError` once there are too many."""
+        self.note(bad)
+        if self.too_many:
+            raise CorpusError(self.verdict())
+
+    def note(self, bad: list[Quarantined]) -> None:
+        """Take in bad rows, however many there are."""
         for item in bad:
             self._bad.setdefault((item.file, item.row), item)
-        if len(self._bad) > self.limit:
-            raise CorpusError(self.verdict())
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run must stop."""
+        return len(self._bad) > self.max_share * self.rows
 
     def verdict(self) -> str:
         """The sentence that says there are too many."""

@@ -129,7 +129,7 @@ async def _run(session: Session) -> None:
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, session)
     status = "failed"
     try:
-        session.corpora = await asyncio.to_thread(_corpora, session)
+        session.corpora = await asyncio.to_thread(corpora_of, session.settings)
         await _run_stages(session)
         status = "completed"
     except Interrupted:
@@ -192,18 +192,17 @@ def _on_signal(session: Session) -> None:
     session.stop.set()
 
 
-def _corpora(session: Session) -> dict[str, list[Source]]:
+def corpora_of(settings: RunSettings) -> dict[str, list[Source]]:
     """The user's corpora, and the testbed's where there are none."""
-    settings = session.settings
-    own = {name: paths for name, paths in settings.data if paths}
-    if set(own) == set(type(settings.data).model_fields) and settings.policy is not None:
+    own: dict[str, list[Source]] = {name: paths for name, paths in settings.data if paths}
+    if set(own) >= set(COLUMNS_OF) - {"warmup"} and settings.policy is not None:
         return own
-    return {name: [path] for name, path in _testbed_corpora(session).items()} | own
+    return {name: [path] for name, path in _testbed_corpora(settings).items()} | own
 
 
-def _testbed_corpora(session: Session) -> dict[str, Path]:
+def _testbed_corpora(settings: RunSettings) -> dict[str, Path]:
     """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
-    settings, folder = session.settings, session.folder / "corpora"
+    folder = (settings.runs / settings.name).resolve() / "corpora"
     stamp = folder / "made.json"
     wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
     if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:

@@ -72,18 +72,7 @@ class Session:
 
     def requirements(self, policy: Path, *, reference: bool = False, ground_truth: bool = False) -> Requirements:
         """What a prompt must have to be used with this policy; the rest is quarantined."""
-        limit = self.settings.rollout.max_prompt_tokens
-        count = TokenCounter(policy, limit)
-        pixels = self.settings.corpora.max_image_pixels
-        return Requirements(
-            reference,
-            ground_truth,
-            max_image_pixels=pixels,
-            max_images=self.settings.rollout.max_images,
-            count_tokens=count,
-            max_prompt_tokens=limit,
-            refusal=Refusal(count, self.settings.discriminator) if reference else None,
-        )
+        return requirements(self.settings, policy, reference=reference, ground_truth=ground_truth)
 
     @property
     def quarantine(self) -> Path:
@@ -115,6 +104,24 @@ class Session:
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise Interrupted
+
+
+def requirements(
+    settings: RunSettings, policy: Path, *, reference: bool = False, ground_truth: bool = False
+) -> Requirements:
+    """What a prompt of a run's loops must have to be used with this policy."""
+    limit = settings.rollout.max_prompt_tokens
+    count = TokenCounter(policy, limit)
+    return Requirements(
+        reference,
+        ground_truth,
+        max_image_pixels=settings.corpora.max_image_pixels,
+        max_images=settings.rollout.max_images,
+        count_tokens=count,
+        max_prompt_tokens=limit,
+        refusal=Refusal(count, settings.discriminator) if reference else None,
+        data_sources=tuple(settings.corpora.data_sources),
+    )
 
 
 class TokenCounter:
