@@ -32,7 +32,7 @@ class Requirements:
     `decode`: every image is decoded once to see that it can be (False where it is decoded anyway right after; size
     and kind are then read from its header only); `count_tokens`: tokens of a prompt as the model will see it (or an
     error that says why it cannot be encoded), held against `max_prompt_tokens`; `data_sources`: the accepted ones
-    (empty: any).
+    (empty: any); `fit`: makes of a good prompt what is handed on, for instance with smaller images.
     """
 
     reference: bool = False
@@ -44,6 +44,7 @@ class Requirements:
     max_prompt_tokens: int = 0
     refusal: Callable[[str], str] | None = None
     data_sources: tuple[str, ...] = ()
+    fit: Callable[[Prompt], Prompt] | None = None
 
 
 def check(prompt: Prompt, needs: Requirements) -> int:

@@ -37,7 +37,7 @@ def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Promp
         try:
             prompt = prompt_at(file, row, columns)
             check(prompt, needs)
-            yield position, prompt
+            yield position, prompt if needs.fit is None else needs.fit(prompt)
         except BadRow as bad:
             yield position, Quarantined(file, row, bad.reason, bad.detail, piece.fragment.unit)
 

@@ -14,7 +14,7 @@ from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.files import Source
 from prism_ray.discriminator.segments import refusal
-from prism_ray.models.encode import Encoder
+from prism_ray.models.encode import Encoder, PromptTooLong
 from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
@@ -121,6 +121,7 @@ def requirements(
         max_prompt_tokens=limit,
         refusal=Refusal(count, settings.discriminator) if reference else None,
         data_sources=tuple(settings.corpora.data_sources),
+        fit=count.fitted,
     )
 
 
@@ -132,7 +133,14 @@ class TokenCounter:
         self._encoder: Encoder | None = None
 
     def __call__(self, prompt: Prompt) -> int:
-        return len(self.encoder.prompt(prompt).token_ids)
+        try:
+            return self.encoder.length(prompt)
+        except PromptTooLong as error:
+            return error.tokens
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with its images at the size that the policy sees them at."""
+        return self.encoder.fitted(prompt)
 
     @property
     def encoder(self) -> Encoder:
