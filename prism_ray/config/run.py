@@ -36,6 +36,9 @@ class DataSettings(Settings):
     """Demonstrations for SFT: needs `teacher_response`."""
     align: list[Path | SourceSettings] = []
     """Prompts with references for warm-up and alignment."""
+    warmup: list[Path | SourceSettings] = []
+    """Warm-up pairs (`question`, `image`, `teacher_caption`, `teacher_cot`, `student_caption`, `student_cot`), such as
+    `jobs/curate.py` writes. Unset: the policy's own rollouts of `align`, which match what the judge will meet."""
     rlvr: list[Path | SourceSettings] = []
     """Prompts with verifiable answers."""
     evaluate: list[Path | SourceSettings] = []

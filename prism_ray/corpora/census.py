@@ -48,17 +48,21 @@ class Facts:
 
 def facts_of(prompt: Prompt) -> Facts:
     """The facts of a prompt whose images decode."""
-    text = asked(prompt)
-    images = b"".join(hashlib.blake2b(image, digest_size=16).digest() for image in prompt.images)
     return Facts(
-        key=hash_of(text.encode() + b"\0" + images),
+        key=key_of(prompt),
         identity=hash_of(prompt.id.encode()),
-        signature=signature_of(text),
+        signature=signature_of(asked(prompt)),
         picture=picture_of(prompt.images[0]) if prompt.images else np.zeros(PICTURE_WORDS, np.uint64),
         prompt_characters=sum(len(turn["content"]) for turn in prompt.messages),
         response_characters=len(prompt.reference),
         sizes=tuple(_size(image) for image in prompt.images),
     )
+
+
+def key_of(prompt: Prompt) -> int:
+    """A hash of what is asked, text and images."""
+    images = b"".join(hashlib.blake2b(image, digest_size=16).digest() for image in prompt.images)
+    return hash_of(asked(prompt).encode() + b"\0" + images)
 
 
 def asked(prompt: Prompt) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from prism_ray.corpora.rows import BadRow
+from prism_ray.corpora.rows import STUDENT, BadRow
 from prism_ray.records import Prompt
 from prism_ray.response import parse
 
@@ -28,7 +28,7 @@ class Requirements:
     """What a stage needs of its prompts.
 
     `reference`: the teacher's response must be there and keep the format, and `refusal` of it, which says why it could
-    not be judged, be ""; `ground_truth`: the answer must be there;
+    not be judged, be ""; `ground_truth`: the answer must be there; `student`: the row must be a warm-up pair;
     `decode`: every image is decoded once to see that it can be (False where it is decoded anyway right after; size
     and kind are then read from its header only); `count_tokens`: tokens of a prompt as the model will see it (or an
     error that says why it cannot be encoded), held against `max_prompt_tokens`; `data_sources`: the accepted ones
@@ -44,6 +44,7 @@ class Requirements:
     max_prompt_tokens: int = 0
     refusal: Callable[[str], str] | None = None
     data_sources: tuple[str, ...] = ()
+    student: bool = False
     fit: Callable[[Prompt], Prompt] | None = None
 
 
@@ -57,6 +58,8 @@ def check(prompt: Prompt, needs: Requirements) -> int:
         _check_image(index, image, needs)
     if needs.reference:
         _check_reference(prompt.reference, needs.refusal)
+    if needs.student and not prompt.extra.get(STUDENT):
+        raise BadRow("student_caption, student_cot: missing")
     if needs.ground_truth and not prompt.ground_truth.strip():
         raise BadRow("reward_model: no ground truth")
     return 0 if needs.count_tokens is None else _check_length(prompt, needs.count_tokens, needs.max_prompt_tokens)

@@ -27,7 +27,7 @@ from prism_ray.corpora.rows import BadRow
 from prism_ray.models.tiny import build_tiny
 from prism_ray.report.progress import Progress
 from prism_ray.stages.evaluate import UNSEEN
-from prism_ray.stages.run import COLUMNS_OF, corpora_of
+from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.session import TokenCounter, requirements
 from prism_ray.testbed.words import vocabulary
 
@@ -128,7 +128,8 @@ def _needs(settings: RunSettings, name: str, policy: Path) -> tuple[Requirements
     """What the run requires of a corpus's rows, and its longest response (None: any)."""
     if name != "sft":
         judged = name in ("rlvr", *HELD_OUT)
-        return requirements(settings, policy, reference=not judged, ground_truth=judged), None
+        needs = requirements(settings, policy, reference=not judged, ground_truth=judged)
+        return replace(needs, student=name == "warmup"), None
     limit = settings.trainer.max_prompt_tokens
     needs = requirements(settings, policy, reference=True)
     needs = replace(needs, refusal=None, count_tokens=TokenCounter(policy, limit), max_prompt_tokens=limit)

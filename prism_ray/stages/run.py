@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
-from prism_ray.corpora.files import CorpusError, Source, find_files
+from prism_ray.corpora.files import CorpusError, find_files
 from prism_ray.corpora.reader import find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
@@ -35,11 +34,12 @@ from prism_ray.report.summary import Summary
 from prism_ray.runtime import cluster
 from prism_ray.stages import supervised
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
+from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
 from prism_ray.stages.session import Interrupted, Session
 from prism_ray.stages.warmup import run_warmup
-from prism_ray.testbed.corpora import SPLITS, write_corpora
+from prism_ray.testbed.corpora import SPLITS
 from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -75,14 +75,12 @@ def stages_of(session: Session) -> dict[str, Stage]:
             ("sft",),
             {
                 "warmup": s.warmup,
-                "corpus": _corpus(session, "align"),
+                "corpus": _corpus(session, "warmup" if s.data.warmup else "align"),
                 "seed": s.seed,
                 **judge,
                 **_what_shapes(s.rollout),
             },
-            lambda: session.until_stopped(
-                run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"])
-            ),
+            lambda: session.until_stopped(_warmup(session)),
         ),
         "align": (("sft", "warmup"), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
@@ -192,27 +190,6 @@ def _on_signal(session: Session) -> None:
     session.stop.set()
 
 
-def corpora_of(settings: RunSettings) -> dict[str, list[Source]]:
-    """The user's corpora, and the testbed's where there are none."""
-    own: dict[str, list[Source]] = {name: paths for name, paths in settings.data if paths}
-    if set(own) >= set(COLUMNS_OF) - {"warmup"} and settings.policy is not None:
-        return own
-    return {name: [path] for name, path in _testbed_corpora(settings).items()} | own
-
-
-def _testbed_corpora(settings: RunSettings) -> dict[str, Path]:
-    """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
-    folder = (settings.runs / settings.name).resolve() / "corpora"
-    stamp = folder / "made.json"
-    wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
-    if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:
-        return {name: Path(path) for name, path in made["files"].items()}
-    stamp.unlink(missing_ok=True)
-    files = write_corpora(folder, settings.testbed, settings.seed)
-    stamp.write_text(json.dumps({"settings": wanted, "files": {name: str(path) for name, path in files.items()}}))
-    return files
-
-
 _NOT_SHAPING = {
     "ranks", "cpus_per_rank", "gpus_per_rank", "micro_batch_tokens", "gradient_checkpointing", "zero_stage", "offload",
     "timeout_s", "heartbeat_s", "max_skipped",
@@ -303,6 +280,12 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
     return Outcome(done.steps, session.checkpoint(name))
 
 
+async def _warmup(session: Session) -> Outcome:
+    written = bool(session.settings.data.warmup)
+    corpus = session.corpora["warmup" if written else "align"]
+    return await run_warmup(session, "warmup", session.checkpoint("sft"), corpus, written)
+
+
 async def _align(session: Session) -> Outcome:
     settings = session.settings
 
@@ -344,15 +327,6 @@ async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcom
     return await run_phase(
         session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=False)
     )
-
-
-COLUMNS_OF = {
-    "sft": ("prompt", "teacher_response"),
-    "align": ("prompt", "teacher_response"),
-    "rlvr": ("prompt", "reward_model"),
-    "evaluate": ("prompt", "reward_model"),
-}
-"""What a corpus of the user's own must have, by what it is for."""
 
 
 def _refuse_testbed_judges(settings: RunSettings) -> None:
