@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
@@ -30,15 +30,19 @@ STAGES: tuple[StageName, ...] = (
 
 
 class DataSettings(Settings):
-    """The user's own corpora (Parquet files or folders). Unset: the testbed makes them."""
+    """The user's own corpora: paths of Parquet, JSON Lines or JSON files or of folders of them, or a path with its
+    format, columns and image folder. Unset: the testbed makes them."""
 
-    sft: list[Path] = []
+    sft: list[Path | SourceSettings] = []
     """Demonstrations for SFT: needs `teacher_response`."""
-    align: list[Path] = []
+    align: list[Path | SourceSettings] = []
     """Prompts with references for warm-up and alignment."""
-    rlvr: list[Path] = []
+    warmup: list[Path | SourceSettings] = []
+    """Warm-up pairs (`question`, `image`, `teacher_caption`, `teacher_cot`, `student_caption`, `student_cot`), such as
+    `jobs/curate.py` writes. Unset: the policy's own rollouts of `align`, which match what the judge will meet."""
+    rlvr: list[Path | SourceSettings] = []
     """Prompts with verifiable answers."""
-    evaluate: list[Path] = []
+    evaluate: list[Path | SourceSettings] = []
     """Held-out prompts."""
 
 

@@ -104,7 +104,7 @@ class WarmupSettings(Settings):
     prompts_per_step: int = Field(default=48, ge=1)
     """Prompts in one discriminator step. Many prompts with few rollouts each teach more than the reverse."""
     rollouts: int = Field(default=2, ge=1)
-    """SFT rollouts for each prompt."""
+    """SFT rollouts for each prompt. With `data.warmup` a row is a prompt with the one rollout it has."""
     min_steps: int = Field(default=12, ge=0)
     """Steps before the target may end the warm-up. Pair accuracy passes .9 within 4, when the judge still ranks the
     rollouts of one prompt at chance; that takes 12 (correlation of its caption score with the cells' truth .40)."""

@@ -24,9 +24,10 @@ from ray.exceptions import RayActorError
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
+from prism_ray.corpora.files import Source, names_of
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, read_piece, reading_error
-from prism_ray.corpora.rows import BadRow, prompt_from_row
+from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, prompt_at, read_piece, reading_error
+from prism_ray.corpora.rows import BadRow
 from prism_ray.records import Prompt
 
 RESTARTS = 3
@@ -40,14 +41,13 @@ log = logging.getLogger(__name__)
 def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
     """The prompts of a piece with their positions; rows that cannot be used come as what goes into quarantine."""
     file = piece.fragment.file
-    folder = None if "://" in file else Path(file).parent
     for position, row, columns in read_piece(piece):
         try:
-            prompt = prompt_from_row(columns, default_id=f"{Path(file).stem}:{row}", folder=folder)
+            prompt = prompt_at(file, row, columns)
             check(prompt, needs)
-            yield position, prompt
+            yield position, prompt if needs.fit is None else needs.fit(prompt)
         except BadRow as bad:
-            yield position, Quarantined(file, row, bad.reason, bad.detail)
+            yield position, Quarantined(file, row, bad.reason, bad.detail, piece.fragment.unit)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PromptReader:
         self._order = order
         self._needs = needs
         self._settings = settings
-        self._bad = Quarantine(name, order.rows, settings.max_bad_share)
+        self._bad = Quarantine(name, order.about, settings.max_bad_share)
         self._quarantine = quarantine
         self._position = -1
         self._rows: Iterator[tuple[int, Prompt | Quarantined]] = iter(())
@@ -82,8 +82,8 @@ class PromptReader:
         """Answers, also while it reads."""
 
     def next(self, position: int, count: int) -> tuple[Any, ...]:
-        """The next `count` usable prompts from `position` on: first the process's number and a list of (id, position),
-        then the prompts."""
+        """The next `count` usable prompts from `position` on: first the process's number, a list of (id, position) and
+        what is to be said of bad rows ("" if there are none), then the prompts."""
         if position != self._position:
             self._rows = self._read(position)
         prompts: list[Prompt] = []
@@ -105,48 +105,57 @@ class PromptReader:
         finally:
             if self._quarantine is not None and len(self._bad) > known:
                 self._bad.write(self._quarantine)
-        return (os.getpid(), places), *prompts
+        return (os.getpid(), places, self._bad.summary() if len(self._bad) else ""), *prompts
 
     def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
         """Endless."""
-        step = self._settings.rows_per_task
-        tasks = ({"start": start, "stop": start + step} for start in count(position, step))
-        for row in prepared(tasks, _Reading(self._order, self._needs), self._settings):
+        for row in prepared(self._tasks(position), _Reading(self._order, self._needs), self._settings):
             yield row["position"], pickle.loads(row["item"])
+
+    def _tasks(self, position: int) -> Iterator[dict[str, int]]:
+        for start in count(position, self._settings.rows_per_task):
+            stop = start + self._settings.rows_per_task
+            self._order.count_to(stop)
+            yield {"start": start, "stop": stop}
 
 
 class PromptStream:
-    """Fulfils `runtime.protocols.Prompts` over Parquet files.
+    """Fulfils `runtime.protocols.Prompts` over files of any known format.
 
     Endless, epoch after epoch, in an order that depends on the files and `seed` alone. `position` is the place of the
     next row (epoch times rows of the corpus plus row); a stream made with it yields exactly what remained. Rows that
-    cannot be used are skipped, written to `quarantine` and counted; too many of them, or a damaged file, make `take`
-    raise `CorpusError`. Files are looked at (footers only) when the stream is made, so that a missing one fails early.
+    cannot be used are skipped, written to `quarantine` and counted (`shutdown` logs how many, by reason); too many of
+    them, or a damaged file, make `take` raise `CorpusError`. Files are looked at (footers only) when the stream is
+    made, so that a missing one fails early.
     """
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        sources: Sequence[Source],
         needs: Requirements,
         settings: CorporaSettings,
         seed: int,
         position: int = 0,
         quarantine: Path | None = None,
     ) -> None:
-        order = RowOrder(find_fragments(paths), seed)
-        self.rows = order.rows
-        """Rows of one epoch."""
+        self.order = RowOrder(find_fragments(sources, max_json_mb=settings.max_json_mb), seed)
         self.position = position
         self._requested = position
         self._chunk = max(1, settings.look_ahead // 2)  # one half is handed out while the other is read
         self._ready: deque[tuple[str, int, Any]] = deque()
         self._pending: list[ray.ObjectRef] | None = None
         self._lock = asyncio.Lock()
-        self._name, self._timeout_s = ", ".join(map(str, paths)), settings.timeout_s
-        self._start = lambda: _READER.remote(order, needs, settings, self._name, quarantine)
+        self._bad = ""
+        self._name, self._timeout_s = names_of(sources), settings.timeout_s
+        self._start = lambda: _READER.remote(self.order, needs, settings, self._name, quarantine)
         self._reader: Any = self._start()
         self._process: int | None = None
         self._request()
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch; of JSON Lines they are counted for it."""
+        return self.order.rows
 
     async def take(self) -> tuple[str, int, Any]:
         """The next prompt: its id, its position and an `ObjectRef` of the `Prompt`."""
@@ -159,6 +168,8 @@ class PromptStream:
 
     def shutdown(self) -> None:
         """Stop reading."""
+        if self._bad:
+            log.warning("%s", self._bad)
         ray.kill(self._reader)
 
     def _request(self) -> None:
@@ -175,7 +186,7 @@ class PromptStream:
             self._request()
         else:
             raise RuntimeError(f"the reader of {self._name} hung {RESTARTS + 1} times; its worker's log may say why")
-        (process, places), refs = answer
+        (process, places, self._bad), refs = answer
         if self._process not in (None, process):
             log.warning("the reader of %s died; another one went on from position %d", self._name, self._requested)
         self._process = process
@@ -183,7 +194,7 @@ class PromptStream:
         self._requested = places[-1][1] + 1
         self._request()
 
-    async def _answer(self) -> tuple[tuple[int, list[tuple[str, int]]], list[Any]] | None:
+    async def _answer(self) -> tuple[tuple[int, list[tuple[str, int]], str], list[Any]] | None:
         """What `PromptReader.next` says of the prompts asked for, and references to them; None if the reader hangs."""
         assert self._pending is not None
         said, *refs = self._pending

@@ -7,8 +7,9 @@ through the Hugging Face processor, to which the former is equal to 1e-6.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,22 @@ from prism_ray.response import piece_table
 
 MARKER = "<image>"
 
+_COMPOSED = 4
+"""At most so many characters of a text become one when a tokenizer normalises it."""
+_QUICK = 1
+"""How hard PNG is to be compressed: higher levels take several times as long for a tenth less."""
+
 
 class BadPrompt(ValueError):
     """A prompt that cannot be used; the message names it and says why."""
 
 
 class PromptTooLong(BadPrompt):
-    """A prompt with more tokens than the configured limit."""
+    """A prompt with more tokens than the configured limit; it has (at least) `tokens`."""
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class BadImage(BadPrompt):
@@ -82,6 +92,7 @@ class Encoder:
         self.pad_id: int = self.end_id if pad_id is None else pad_id
         self.pieces: list[bytes] = piece_table(self.tokenizer)
         self.banned_ids: list[int] = _banned_ids(config, self.tokenizer, self.end_id)
+        self._token_characters = _COMPOSED * max(map(len, self.pieces))
 
     def prompt(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt."""
@@ -98,6 +109,34 @@ class Encoder:
             encoded.append(self._assemble(prompt, ids, patches[first:last], grids[first:last]))
             first = last
         return encoded
+
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, placeholders expanded: as many as `prompt` gives, from the images' sizes alone."""
+        tokens = len(self._checked_ids(prompt))
+        block = self._image_processor.patch_size * self._image_processor.merge_size
+        for index, data in enumerate(prompt.images):
+            with _opened(data, prompt.id, index) as image:
+                height, width = self._fitting(image.height, image.width)
+            tokens += height * width // block**2 - 1
+        return tokens
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with every image at the size that the model sees it at, so that nobody later resizes it again: as
+        PNG, which keeps the pixels that the image processor's own resizing gives. An image that has its size already
+        keeps its bytes."""
+        return replace(prompt, images=tuple(self._fitted(data, prompt.id, i) for i, data in enumerate(prompt.images)))
+
+    def _fitted(self, data: bytes, prompt_id: str, index: int) -> bytes:
+        with _opened(data, prompt_id, index) as image:
+            if self._fitting(image.height, image.width) == (image.height, image.width):
+                return data
+        p = self._image_processor
+        pixels = torch.from_numpy(_picture(data, prompt_id, index)).permute(2, 0, 1)[None]
+        resized = p.resize(images=pixels, size=p.size, resample=p.resample, factor=p.patch_size * p.merge_size)
+        buffer = io.BytesIO()
+        picture = Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+        picture.save(buffer, "PNG", compress_level=_QUICK)
+        return buffer.getvalue()
 
     def response(self, text: str) -> list[int]:
         """Token ids of a response's text and the end token: the path for references and supervised targets."""
@@ -148,6 +187,9 @@ class Encoder:
 
     def _checked_ids(self, prompt: Prompt) -> list[int]:
         """Token ids with one placeholder for each image."""
+        least = sum(len(m["content"]) for m in prompt.messages) // self._token_characters
+        if least > self.max_prompt_tokens:  # tokenising megabytes takes seconds
+            raise self._too_long(prompt, least)
         text = self._rendered(prompt.messages)
         ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt.id, len(prompt.images))
         if len(ids) > self.max_prompt_tokens:
@@ -173,7 +215,8 @@ class Encoder:
 
     def _too_long(self, prompt: Prompt, tokens: int) -> PromptTooLong:
         limit = f"the limit of {self.max_prompt_tokens} tokens"
-        return PromptTooLong(f"prompt {prompt.id}: {tokens} tokens exceed {limit}; raise max_prompt_tokens or drop it")
+        message = f"prompt {prompt.id}: {tokens} tokens exceed {limit}; raise max_prompt_tokens or drop it"
+        return PromptTooLong(message, tokens)
 
     def _assemble(self, prompt: Prompt, ids: list[int], patches: list[Tensor], grids: list[tuple]) -> EncodedPrompt:
         token_ids = self._expanded(ids, grids)
@@ -217,8 +260,15 @@ class Encoder:
         plain = p.do_rescale and p.do_normalize and abs(p.rescale_factor * 255 - 1) < 1e-9
         if not plain or height % (p.patch_size * p.merge_size) or width % (p.patch_size * p.merge_size):
             return False
+        return self._fitting(height, width) == (height, width)
+
+    def _fitting(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the image processor gives an image of this size. ValueError where it refuses it."""
+        p = self._image_processor
+        if not p.do_resize:
+            return height, width
         limits = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
-        return not p.do_resize or smart_resize(height, width, p.patch_size * p.merge_size, **limits) == (height, width)
+        return smart_resize(height, width, p.patch_size * p.merge_size, **limits)
 
 
 def patchify(pictures: Tensor, processor: Any) -> Tensor:
@@ -274,9 +324,16 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 def _picture(data: bytes, prompt_id: str, index: int) -> np.ndarray:
     """The picture as uint8 [H, W, 3]."""
+    with _opened(data, prompt_id, index) as image:
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes, prompt_id: str, index: int) -> Iterator[Image.Image]:
+    """An image of a prompt; BadImage for one that does not decode."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
+            yield image
     except Exception as error:  # PIL raises many types on damaged files, SyntaxError and struct.error among them
         reason = str(error).split("\n")[0] or type(error).__name__
         raise BadImage(f"prompt {prompt_id}: image {index} does not decode ({reason}); replace or drop it") from error

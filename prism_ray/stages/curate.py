@@ -25,6 +25,7 @@ from PIL import Image
 from prism_ray.config.curate import CurateSettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.curation import STATISTICS, for_rl, pairs_of, statistics_of, summary_of, unsolved
+from prism_ray.corpora.files import Fragment
 from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.references import row_of, writing
@@ -62,7 +63,7 @@ def check_inputs(settings: CurateSettings) -> None:
     """
     check_policy(settings.policy)
     make_environment(settings.verify.environment, settings.verify.options).close()
-    find_fragments(settings.prompts, ("prompt", "reward_model"))
+    _fragments(settings, "prompt", "reward_model")
     stamp, made_with = settings.output / _STAMP, _what_shapes(settings)
     if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
         changed = ", ".join(name for name in made_with if before.get(name) != made_with[name])
@@ -78,11 +79,15 @@ def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
     names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype"}
     return {
         "policy": [str(settings.policy.resolve()), *_stats(sorted(settings.policy.glob("*.safetensors")))],
-        "prompts": _stats(sorted({Path(f.file) for f in find_fragments(settings.prompts)})),
+        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings, "prompt")})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
         "verify": verdicts_of(settings.verify),
         "seed": settings.seed,
     }
+
+
+def _fragments(settings: CurateSettings, *columns: str) -> list[Fragment]:
+    return find_fragments(settings.prompts, columns, settings.corpora.max_json_mb)
 
 
 def _stats(files: Sequence[Path]) -> list[Any]:
@@ -97,7 +102,7 @@ def start_cluster(settings: CurateSettings) -> None:
 
 async def curate(settings: CurateSettings) -> dict[str, Any] | None:
     """Sample what is missing and write the results; returns the summary, or None if it was interrupted."""
-    order = RowOrder(find_fragments(settings.prompts), settings.seed)
+    order = RowOrder(_fragments(settings, "prompt"), settings.seed)
     wanted = min(order.rows, settings.limit or order.rows)
     parts = Parts(settings.output / "parts")
     if parts.next < wanted and not await until_signal(_sample_all(settings, parts, wanted)):

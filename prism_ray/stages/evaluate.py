@@ -86,9 +86,10 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
         quarantine=session.quarantine,
     )
     try:
-        count = min(settings.evaluate.prompts, stream.rows)
+        count = stream.order.first(settings.evaluate.prompts)
         taken = [await stream.take() for _ in range(count)]
-        return [await fetch(ref, f"prompt {name}") for name, position, ref in taken if position < stream.rows]
+        first_epoch = [one for one in taken if stream.order.first(one[1] + 1) > one[1]]
+        return [await fetch(ref, f"prompt {name}") for name, _, ref in first_epoch]
     finally:
         stream.shutdown()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from ray.exceptions import ObjectLostError
 
 from prism_ray.config.run import RunSettings
 from prism_ray.config.stages import PhaseSettings
+from prism_ray.corpora.files import Source
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.learner.group import LearnerGroup
 from prism_ray.learner.step import Recipe
@@ -70,7 +71,7 @@ class Phase:
     name: str
     start: Path
     """Hugging Face folder of the policy it starts from."""
-    corpus: list[Path]
+    corpus: Sequence[Source]
     settings: PhaseSettings
     updates: int
     make_judge: Callable[[], Awaitable[StageJudge]]

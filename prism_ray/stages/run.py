@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.corpora import SourceSettings
 from prism_ray.config.judging import JUDGING_FIELDS
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.load import to_yaml
@@ -19,7 +20,8 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
-from prism_ray.corpora.reader import CorpusError, find_fragments
+from prism_ray.corpora.files import CorpusError, find_files
+from prism_ray.corpora.reader import find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
@@ -34,12 +36,13 @@ from prism_ray.runtime import cluster, placement
 from prism_ray.stages import supervised
 from prism_ray.stages.batches import verdicts_of
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
+from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
 from prism_ray.stages.served import check_served, columns_for, depends_on, served_judge
 from prism_ray.stages.session import Interrupted, Session, watched
 from prism_ray.stages.warmup import run_warmup
-from prism_ray.testbed.corpora import SPLITS, write_corpora
+from prism_ray.testbed.corpora import SPLITS
 from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -82,14 +85,12 @@ def stages_of(session: Session) -> dict[str, Stage]:
             ("sft",),
             {
                 "warmup": s.warmup,
-                "corpus": _corpus(session, "align"),
+                "corpus": _corpus(session, "warmup" if s.data.warmup else "align"),
                 "seed": s.seed,
                 **judge,
                 **_what_shapes(s.rollout),
             },
-            lambda: session.until_stopped(
-                run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"])
-            ),
+            lambda: session.until_stopped(_warmup(session)),
         ),
         "align": (("sft", "warmup") if s.align.judge == "own" else ("sft",), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
@@ -133,7 +134,7 @@ async def _run(session: Session) -> None:
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, session)
     status = "failed"
     try:
-        session.corpora = await asyncio.to_thread(_corpora, session)
+        session.corpora = await asyncio.to_thread(corpora_of, session.settings)
         await _run_stages(session)
         status = "completed"
     except Interrupted:
@@ -196,28 +197,6 @@ def _on_signal(session: Session) -> None:
     session.stop.set()
 
 
-def _corpora(session: Session) -> dict[str, list[Path]]:
-    """The user's corpora, and the testbed's where there are none."""
-    settings = session.settings
-    own = {name: paths for name, paths in settings.data if paths}
-    if set(own) == set(type(settings.data).model_fields) and settings.policy is not None:
-        return own
-    return {name: [path] for name, path in _testbed_corpora(session).items()} | own
-
-
-def _testbed_corpora(session: Session) -> dict[str, Path]:
-    """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
-    settings, folder = session.settings, session.folder / "corpora"
-    stamp = folder / "made.json"
-    wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
-    if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:
-        return {name: Path(path) for name, path in made["files"].items()}
-    stamp.unlink(missing_ok=True)
-    files = write_corpora(folder, settings.testbed, settings.seed)
-    stamp.write_text(json.dumps({"settings": wanted, "files": {name: str(path) for name, path in files.items()}}))
-    return files
-
-
 _NOT_SHAPING = {
     "ranks", "cpus_per_rank", "gpus_per_rank", "micro_batch_tokens", "gradient_checkpointing", "zero_stage", "offload",
     "timeout_s", "heartbeat_s", "max_skipped",
@@ -249,13 +228,11 @@ def _corpus(session: Session, name: str) -> Any:
     """What identifies a corpus: the user's files by path, size and time, or the testbed's settings for that split."""
     settings = session.settings
     if own := getattr(settings.data, name, []):
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(_files(own))]
+        files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _, _ in find_files(own)]
+        read_as = [source.model_dump(mode="json") for source in own if isinstance(source, SourceSettings)]
+        return sorted(files) + read_as
     sizes: set[str] = {*SPLITS} - {name}
     return {"testbed": settings.testbed.model_dump(mode="json", exclude=sizes), "seed": settings.seed}
-
-
-def _files(paths: list[Path]) -> list[Path]:
-    return [file for p in paths for file in (p.rglob("*.parquet") if p.is_dir() else [p])]
 
 
 async def _base(session: Session) -> Outcome:
@@ -316,6 +293,12 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
     return Outcome(done.steps, session.checkpoint(name))
 
 
+async def _warmup(session: Session) -> Outcome:
+    written = bool(session.settings.data.warmup)
+    corpus = session.corpora["warmup" if written else "align"]
+    return await run_warmup(session, "warmup", session.checkpoint("sft"), corpus, written)
+
+
 async def _align(session: Session) -> Outcome:
     settings = session.settings
 
@@ -368,15 +351,6 @@ async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcom
     )
 
 
-COLUMNS_OF = {
-    "sft": ("prompt", "teacher_response"),
-    "align": ("prompt", "teacher_response"),
-    "rlvr": ("prompt",),
-    "evaluate": ("prompt", "reward_model"),
-}
-"""What a corpus of the user's own must have, by what it is for."""
-
-
 def _refuse_testbed_judges(settings: RunSettings) -> None:
     """The testbed's verifier and truth know only its own scenes; on other data every answer would count as wrong."""
     for corpus, field, value, other in (
@@ -398,7 +372,8 @@ def check_inputs(settings: RunSettings) -> None:
         make_environment(settings.verify.environment, settings.verify.options).close()
         for name, paths in settings.data:
             if paths:
-                find_fragments(paths, (*COLUMNS_OF[name], *columns_for(name, settings)))
+                columns = (*COLUMNS_OF[name], *columns_for(name, settings))
+                find_fragments(paths, columns, settings.corpora.max_json_mb)
         _refuse_testbed_judges(settings)
         check_served(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:

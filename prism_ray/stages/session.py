@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
+from prism_ray.corpora.files import Source
 from prism_ray.discriminator.pool import JudgePlaces
 from prism_ray.discriminator.segments import refusal
-from prism_ray.models.encode import Encoder
+from prism_ray.models.encode import Encoder, PromptTooLong
 from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer
 from prism_ray.records import Prompt
 from prism_ray.report.incidents import IncidentLog
@@ -44,7 +45,7 @@ class Session:
     def __init__(self, settings: RunSettings, metrics: MetricsLog, summary: Summary):
         self.settings, self.metrics, self.summary = settings, metrics, summary
         self.folder = (settings.runs / settings.name).resolve()
-        self.corpora: dict[str, list[Path]] = {}
+        self.corpora: dict[str, list[Source]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
         self.placement = Placement(settings.cluster)
@@ -121,18 +122,7 @@ class Session:
 
     def requirements(self, policy: Path, *, reference: bool = False, ground_truth: bool = False) -> Requirements:
         """What a prompt must have to be used with this policy; the rest is quarantined."""
-        limit = self.settings.rollout.max_prompt_tokens
-        count = TokenCounter(policy, limit)
-        pixels = self.settings.corpora.max_image_pixels
-        return Requirements(
-            reference,
-            ground_truth,
-            max_image_pixels=pixels,
-            max_images=self.settings.rollout.max_images,
-            count_tokens=count,
-            max_prompt_tokens=limit,
-            refusal=Refusal(count, self.settings.discriminator) if reference else None,
-        )
+        return requirements(self.settings, policy, reference=reference, ground_truth=ground_truth)
 
     @property
     def quarantine(self) -> Path:
@@ -179,6 +169,25 @@ def watched(settings: RunSettings) -> Iterator[Session]:
         yield session
 
 
+def requirements(
+    settings: RunSettings, policy: Path, *, reference: bool = False, ground_truth: bool = False
+) -> Requirements:
+    """What a prompt of a run's loops must have to be used with this policy."""
+    limit = settings.rollout.max_prompt_tokens
+    count = TokenCounter(policy, limit)
+    return Requirements(
+        reference,
+        ground_truth,
+        max_image_pixels=settings.corpora.max_image_pixels,
+        max_images=settings.rollout.max_images,
+        count_tokens=count,
+        max_prompt_tokens=limit,
+        refusal=Refusal(count, settings.discriminator) if reference else None,
+        data_sources=tuple(settings.corpora.data_sources),
+        fit=count.fitted,
+    )
+
+
 class TokenCounter:
     """Length of a prompt in the policy's tokens, for Ray Data's workers: the encoder is loaded where it is used."""
 
@@ -187,7 +196,14 @@ class TokenCounter:
         self._encoder: Encoder | None = None
 
     def __call__(self, prompt: Prompt) -> int:
-        return len(self.encoder.prompt(prompt).token_ids)
+        try:
+            return self.encoder.length(prompt)
+        except PromptTooLong as error:
+            return error.tokens
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with its images at the size that the policy sees them at."""
+        return self.encoder.fitted(prompt)
 
     @property
     def encoder(self) -> Encoder:

@@ -93,7 +93,7 @@ class Rank:
         self._listen()
         self.terms, bad, broken, stop = self._sum(portion.size, len(portion.bad), float(error != ""), float(self.stop))
         self.bad += int(bad)
-        if broken or self.bad > self.job.corpora.max_bad_share * self.job.courses[phase].order.rows:
+        if broken or self.bad > self.job.corpora.max_bad_share * self.job.courses[phase].order.about:
             return Then.END
         if stop:
             return Then.SAVE
