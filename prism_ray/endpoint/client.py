@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -136,10 +137,15 @@ class AsyncClient:
 
 
 class Client:
-    """The same for code that is not asynchronous; the arguments and methods are those of `AsyncClient`."""
+    """The same for code that is not asynchronous; the arguments and methods are those of `AsyncClient`.
+
+    It has an event loop in a thread of its own, so that threads may share it, also where an event loop runs already.
+    """
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 60.0, patience_s: float = 300.0) -> None:
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint client", daemon=True)
+        self._thread.start()
         self._client = AsyncClient(url, token, timeout_s, patience_s)
 
     def score(
@@ -180,10 +186,17 @@ class Client:
         """Close the connections."""
         if not self._loop.is_closed():
             self._wait(self._client.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
             self._loop.close()
 
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(call)
+        answer = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return answer.result()
+        except BaseException:  # Ctrl-C too: nobody waits any more
+            answer.cancel()
+            raise
 
     def __enter__(self) -> Client:
         return self

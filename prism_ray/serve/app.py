@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -62,14 +63,12 @@ def create_app(settings: ServeSettings, digests: Sequence[str], backend: Backend
 
     @app.post(SCORE, summary="Score responses to a prompt", **_documented(ScoreRequest, ScoreAnswer, SCORE_EXAMPLE))
     async def score(request: Request) -> Response:
-        asked = await door.read(request, ScoreRequest)
-        answer = await backend.score(await door.intake.query(asked), door.time_of(asked))
+        answer = await backend.score(*await door.enter(request, ScoreRequest))
         return answered(request, answer, answer)
 
     @app.post(COMPARE, summary="Which of two is better", **_documented(CompareRequest, CompareAnswer, COMPARE_EXAMPLE))
     async def compare(request: Request) -> Response:
-        asked = await door.read(request, CompareRequest)
-        said = await backend.score(await door.intake.query(asked), door.time_of(asked))
+        said = await backend.score(*await door.enter(request, CompareRequest))
         first, second = said.results
         answer = CompareAnswer(model=said.model, preference=preference(first, second), results=said.results)
         return answered(request, answer, said)
@@ -101,22 +100,27 @@ class _Door:
     """What a request passes before it is understood: token, media type, size."""
 
     def __init__(self, settings: ServeSettings, guard: Guard) -> None:
-        self.guard, self.intake = guard, Intake(settings)
+        self.guard, self._intake = guard, Intake(settings)
         self._most = int(settings.limits.body_mb * 2**20)
         self._timeout_s = settings.limits.timeout_s
 
-    async def read(self, request: Request, cls: type[R]) -> R:
+    async def enter(self, request: Request, cls: type[R]) -> tuple[Query, float]:
+        """What a request asks, and in how many seconds from now it is to be answered."""
+        began = time.monotonic()
         self.guard.check(request.headers.get("authorization"))
         media_type = media_type_of(request.headers.get("content-type", JSON))
         if media_type not in (JSON, MSGPACK):
             raise EndpointError(
                 415, "media_type", f"the body is {media_type or 'of no type'}; send {JSON} or {MSGPACK}"
             )
-        return read_body(cls, await self._body(request), media_type)
-
-    def time_of(self, asked: ScoreRequest | CompareRequest) -> float:
-        """Seconds in which the request is to be answered."""
-        return min(asked.timeout_s or self._timeout_s, self._timeout_s)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._body(request)
+        except TimeoutError:
+            raise EndpointError(408, "slow_body", f"the body took more than {self._timeout_s:g} s to arrive") from None
+        asked = read_body(cls, body, media_type)
+        query = await self._intake.query(asked)
+        return query, max(0.0, min(asked.timeout_s or self._timeout_s, self._timeout_s) + began - time.monotonic())
 
     async def _body(self, request: Request) -> bytes:
         """The body; EndpointError as soon as it is known to be too large, whatever its header says."""
@@ -189,6 +193,7 @@ _DESCRIPTION = (
 _MEANINGS = {
     400: "The body is not JSON or msgpack.",
     401: "No token, or a wrong one.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is of another media type.",
     422: "The request is not one that can be scored; the message names the field.",

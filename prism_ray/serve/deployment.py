@@ -13,6 +13,7 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -30,6 +31,7 @@ log = logging.getLogger("ray.serve")
 SCORER, INGRESS = "Scorer", "Ingress"
 _ATTEMPTS = 2
 """How often a query is given to a scorer; one that died on the way did not answer, and scoring twice harms nobody."""
+_SPARE_REQUESTS = 128
 _GRACE_S = 2.0
 """Seconds that an answer may take back from the scorer, which keeps the deadline itself."""
 
@@ -78,9 +80,10 @@ class ScorerHandle:
         return await self._ask(_GRACE_S, "describe")
 
     async def _ask(self, time_left_s: float, method: str, *arguments: Any) -> Any:
+        deadline = asyncio.get_running_loop().time() + time_left_s + _GRACE_S
         for attempt in range(_ATTEMPTS):
             try:
-                async with asyncio.timeout(time_left_s + _GRACE_S):
+                async with asyncio.timeout_at(deadline):
                     return await getattr(self._handle, method).remote(*arguments)
             except TimeoutError:
                 raise too_late() from None
@@ -117,7 +120,9 @@ def build(args: dict[str, Any]) -> serve.Application:
 def application(settings: ServeSettings) -> serve.Application:
     """The application of these settings. Without a checkpoint the config file's `user_config` must name one."""
     replicas, queue = settings.replicas, settings.queue
-    user_config = {"checkpoint": str(settings.checkpoint.resolve()) if settings.checkpoint else ""}
+    # A link stays one: what it points to may change while it is watched.
+    user_config = {"checkpoint": str(settings.checkpoint.absolute()) if settings.checkpoint else ""}
+    own = settings.model_copy(update={"checkpoint": None})  # what Scorer is made with must not change with it
     scorer = serve.deployment(
         Scorer,
         name=SCORER,
@@ -138,14 +143,9 @@ def application(settings: ServeSettings) -> serve.Application:
         name=INGRESS,
         num_replicas=replicas.ingresses,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=_ingress_requests(settings),
+        # More than all scorers take, so that it is the ingress that turns requests away, with a sentence.
+        max_ongoing_requests=(replicas.most + 1) * queue.requests + _SPARE_REQUESTS,
+        max_queued_requests=_SPARE_REQUESTS,  # for an avalanche, Serve's proxy itself
+        backpressure_config=BackpressureConfig(retry_after_s=1),
     )
-    return ingress.bind(
-        settings.model_copy(update={"checkpoint": None}), scorer.bind(settings.model_copy(update={"checkpoint": None}))
-    )
-
-
-def _ingress_requests(settings: ServeSettings) -> int:
-    """More than all scorers take, so that it is the ingress that turns requests away, with a sentence; what is beyond
-    even that waits in Serve's proxy."""
-    return 2 * settings.replicas.most * settings.queue.requests + 64
+    return ingress.bind(own, scorer.bind(own))

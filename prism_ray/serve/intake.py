@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -62,7 +63,7 @@ class Intake:
 
     async def _image(self, index: int, item: Any) -> bytes:
         if isinstance(item, np.ndarray):
-            return _png(index, item, self._limits)
+            return await asyncio.to_thread(_png, index, item, self._limits)
         data = item if isinstance(item, bytes) else await self._text_image(index, item)
         if not (data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
             raise EndpointError(422, "bad_image", f"image {index} is no PNG, JPEG, WebP, GIF or BMP; convert it")

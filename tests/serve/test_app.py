@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+import socket
 import zlib
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -286,6 +288,23 @@ def test_a_body_above_the_limit_is_refused_before_it_has_arrived(serving, respon
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
         answer = client.post("/v1/score", json={"prompt": "x" * 20_000, "responses": [response()]})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_a_body_that_drips_in_is_not_waited_for(listening, token):
+    with listening(limits={"timeout_s": 0.2}) as endpoint:
+        address = urlsplit(endpoint.url)
+        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+            head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 9\r\n\r\n{{"
+            connection.sendall(head.encode())
+            answer = connection.recv(10_000).decode()
+    assert answer.startswith("HTTP/1.1 408")
+
+
+def test_a_request_may_ask_for_less_time(client, png, response):
+    body = {"prompt": "count red", "images": [b64(png())], "responses": [response()], "timeout_s": 1e-6}
+    answer = client.post("/v1/score", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline")
+    assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_a_discriminator_that_reads_the_reference_asks_for_it(serving, make_folder, tmp_path, response):

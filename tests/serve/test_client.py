@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -35,6 +36,46 @@ def test_the_client_asks_and_reads(endpoint, token, png, response, monkeypatch):
             return await client.score(responses=response(), **question)
 
     assert asyncio.run(ask()).results[0].combined == combined
+
+
+def test_threads_and_running_loops_may_share_a_client(endpoint, token, response):
+    async def within_a_loop(client):
+        return client.score("count red", response())
+
+    with Client(endpoint.url, token) as client, ThreadPoolExecutor(4) as threads:
+        answers = [a.result() for a in [threads.submit(client.score, "count red", response()) for _ in range(8)]]
+        answers.append(asyncio.run(within_a_loop(client)))
+    client.close()
+    assert {len(a.results) for a in answers} == {1} and len(answers) == 9
+
+
+def test_the_hooks_of_other_trainers_get_the_reward_of_training(endpoint, token, png, response, monkeypatch):
+    """The functions that README gives for TRL and verl."""
+    monkeypatch.setenv("PRISM_SERVE_TOKEN", token)
+    client, texts, reference = Client(endpoint.url), [response(), "broken", response(" blue")], response(" red")
+
+    def discriminator(prompts, completions, images, reference, **kwargs):
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        asked = [
+            {"prompt": p if isinstance(p, str) else p[-1]["content"], "responses": t, "images": i, "reference": r}
+            for p, t, i, r in zip(prompts, texts, images, reference, strict=True)
+        ]
+        return [answer.results[0].reward for answer in client.score_many(asked)]
+
+    async def compute_score(data_source, solution_str, ground_truth, extra_info):
+        answer = await own.score(extra_info["prompt"], solution_str, extra_info["images"], extra_info["reference"])
+        return answer.results[0].reward
+
+    async def every():
+        extra = {"prompt": "count red", "images": [png()], "reference": reference}
+        return await asyncio.gather(*(compute_score("x", text, "", extra) for text in texts))
+
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards = discriminator(["count red"] * 3, chats, [[png()]] * 3, [reference] * 3)
+    assert 0 < rewards[0] < 1 and rewards[1] == 0 and rewards[2] != rewards[0]
+    own = AsyncClient(endpoint.url)
+    assert asyncio.run(every()) == pytest.approx(rewards, rel=1e-4)
+    client.close()
 
 
 def test_a_refusal_is_an_error_with_its_code_and_sentence(endpoint, token, response):

@@ -63,10 +63,11 @@ def test_settings_in_a_config_file_are_checked_like_all_others():
     assert settings_of(ServeSettings, {"name": "x"}).name == "x"
 
 
-def test_every_setting_of_replicas_and_queue_reaches_serve():
+def test_every_setting_of_replicas_and_queue_reaches_serve(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
     settings = ServeSettings.model_validate(
         {
-            "checkpoint": "somewhere",
+            "checkpoint": tmp_path / "link",
             "queue": {"requests": 7},
             "replicas": {
                 "least": 2, "most": 5, "target_requests": 3, "upscale_delay_s": 4, "downscale_delay_s": 6, "cpus": 0.5,
@@ -83,7 +84,7 @@ def test_every_setting_of_replicas_and_queue_reaches_serve():
     assert scorer.max_ongoing_requests == scorer._deployment_config.max_queued_requests == 7
     assert ingress.max_ongoing_requests > 5 * 7 and ingress.num_replicas == 3
     assert scorer.ray_actor_options["num_cpus"] == 0.5
-    assert scorer.user_config == {"checkpoint": str(Path("somewhere").resolve())}
+    assert scorer.user_config == {"checkpoint": str(tmp_path / "link")}, "a watched link must stay one"
 
 
 def test_what_is_wrong_is_told_before_anything_starts(folder, tmp_path, monkeypatch):
