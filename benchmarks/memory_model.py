@@ -4,9 +4,10 @@
 
 A small Qwen3-VL is built and updated twice by the learner's own code and DeepSpeed, each case in a process of its own.
 `state` is what lies in memory after an update (weights and optimiser), `gradients` what has come when the optimiser's
-step begins (with ZeRO 1 and 2 that includes DeepSpeed's bucket), `peak` the most that the second update adds to the
-state at any moment. On a CPU every tensor that an operation returns is counted while it lives, which leaves out what
-kernels need inside; on CUDA the allocator counts. A ratio is predicted over measured.
+step begins (with ZeRO 1 that includes DeepSpeed's bucket; ZeRO 3 keeps both all the time), `peak` the most that the
+second update adds to the state at any moment. On a CPU every tensor that an operation returns is counted while it
+lives, also what is offloaded; what kernels need inside is not. On CUDA the allocator counts. A ratio is predicted over
+measured.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ QUICK = ("plain", "checkpointing")
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations return, while they live. `highest` is their most."""
+    """Counts the bytes of all tensors that operations return, while they live, less those of the tensors that were
+    there before and go. `highest` is their most."""
 
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, int] = {}
+        for storage in storages():
+            self._see(storage)
         self.bytes = self.highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,15 +90,16 @@ class Live(TorchDispatchMode):
         self.bytes -= self._sizes.pop(key, 0)
 
 
-def held() -> int:
-    """Bytes of all tensors that Python knows of."""
+def storages() -> list[Any]:
+    """The memory of all tensors that Python knows of, each once."""
     gc.collect()
-    storages: dict[int, int] = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.device.type != "meta":
-            storage = item.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type != "meta"]
+    return list({t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values())
+
+
+def held() -> int:
+    """Its bytes."""
+    return sum(storage.nbytes() for storage in storages())
 
 
 class Watched:
@@ -167,9 +172,12 @@ def predicted(case: str, folder: str, measured: dict[str, int]) -> dict[str, int
         measured["tokens"], measured["visual"], settings.precision, settings.gradient_checkpointing,
         trains_vision=VISION not in settings.freeze,
     )  # fmt: skip
-    gradients = state.gradients + state.buffers
-    held_all = state.weights + state.optimiser + state.host
-    return {"state": held_all, "gradients": gradients, "peak": gradients + activations(model, run)}
+    settled, coming = state.weights + state.optimiser + state.host, state.gradients + state.buffers
+    if settings.zero_stage == 3:  # keeps its gradients' memory and its bucket from one update to the next
+        settled, coming = settled + coming, 0
+    # At its step ZeRO 2 has given the bucket back, but at its peak it was there.
+    at_step = state.gradients if settings.zero_stage == 2 else coming
+    return {"state": settled, "gradients": at_step, "peak": coming + activations(model, run)}
 
 
 def main() -> None:
@@ -185,6 +193,8 @@ def main() -> None:
             measured = json.loads(file.read_text())
             expected = predicted(case, str(Path(folder) / "policy"), measured)
             for name, size in expected.items():
+                if not size:
+                    continue
                 figures[f"{case}/{name}_mib"] = [round(size / 2**20, 1), round(measured[name] / 2**20, 1)]
                 ratios[f"{case}/{name}"] = round(size / measured[name], 4)
             figures[f"{case}/tokens"] = measured["tokens"]

@@ -1,12 +1,13 @@
 """What a run would need, before it costs a GPU-hour: placement, memory, tokens under way, staleness, disk.
 
     python jobs/plan.py --config configs/qwen3_vl_4b.yaml                         on one node of 8 x H100
-    python jobs/plan.py --config configs/qwen3_vl_8b_4nodes.yaml --cluster 4x8    on four
-    python jobs/plan.py --config configs/tiny.yaml --cluster live                 on the Ray cluster that is there
+    python jobs/plan.py --config configs/qwen3_vl_8b.yaml --config configs/nodes/4.yaml --cluster 4x8     on four
+    python jobs/plan.py --config configs/tiny.yaml --cluster live                 on the Ray cluster that there is
     python jobs/plan.py --config configs/tiny.yaml --cluster 1x0 --measured runs/tiny   with the rates of an earlier run
 
-Nothing is started but, for `live`, a connection to Ray. The policy's `config.json` says how large it is; a folder that
-is not there yet is known by its name if that begins like a published model's (Qwen3-VL-2B, 4B, 8B, 32B).
+Nothing is started but, for `live`, what connects to Ray (where there is no cluster: a private one of this machine, for
+a moment). The policy's `config.json` says how large it is; a folder that is not there yet is known by its name if that
+begins like a published model's (Qwen3-VL-2B, 4B, 8B, 32B).
 Exit code 0: the run is possible; 2: it is not, or the configuration is bad (the reasons, with the settings to change,
 are the last lines).
 """

@@ -19,7 +19,7 @@ CHUNK_LOGITS = 2**26
 """Logits that the learner holds at a time (`models.logprobs.CHUNK_ELEMENTS`; a test compares)."""
 
 BUCKET_NUMBERS = 500_000_000
-"""Gradients that DeepSpeed gathers before it sends them (its default `reduce_bucket_size`): ZeRO 1 and 2 reserve a
+"""Gradients that DeepSpeed gathers before it sends them (its default `reduce_bucket_size`): with ZeRO it reserves a
 buffer of as many numbers, whatever the size of the model."""
 
 
@@ -56,13 +56,15 @@ def training_state(total: int, trained: int, settings: OptimiserSettings, ranks:
     optimiser = (8 * trained) if stage == 0 else 12 * mine
     if stage >= 2:
         gradients = mine * size
-    if stage in (1, 2):
+    if stage:
         buffers = BUCKET_NUMBERS * size
     if stage == 3:
         weights = -(-total // ranks) * size
     host = 0
     if settings.offload != "none":
-        host, optimiser = optimiser, 0
+        # Gradients follow in float32, twice: as they come, and as the optimiser reads them.
+        host, optimiser = optimiser + 8 * mine, 0
+        gradients = 0 if stage == 2 else gradients
     if settings.offload == "parameters":
         host, weights = host + weights, 0
     return Memory(weights, gradients, optimiser, buffers, host=host)

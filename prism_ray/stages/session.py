@@ -14,7 +14,7 @@ from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.files import Source
-from prism_ray.discriminator.pool import JudgePlaces
+from prism_ray.discriminator.group import JudgePlaces
 from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder, PromptTooLong
 from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer

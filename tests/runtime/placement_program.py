@@ -5,9 +5,13 @@ Prints one JSON object, which the test looks at."""
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +24,7 @@ from prism_ray.runtime import placement
 from prism_ray.runtime.cluster import ClusterError
 from prism_ray.runtime.placement import EnginePlaces, Placement
 
+ROOT = Path(__file__).resolve().parents[2]
 MEMORY: dict[str, Any] = {"object_store_memory": 100 * 2**20}
 
 
@@ -116,6 +121,10 @@ def main() -> None:
     threading.Timer(2.0, lambda: cluster.add_node(num_cpus=6, num_gpus=4, **MEMORY)).start()
     growing = ClusterSettings(address=cluster.address, pending_timeout_s=30.0)
     found["grown"], found["grown_s"] = refused(lambda: placement.check(large, growing))
+    found["head"] = placement.nodes()[0].name
+    command = [sys.executable, str(ROOT / "jobs" / "plan.py"), "--cluster", "live"]
+    done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": cluster.address}, capture_output=True, text=True)
+    found["live"] = [done.returncode, done.stdout, done.stderr]
     print(json.dumps(found))
     ray.shutdown()
     cluster.shutdown()

@@ -74,3 +74,10 @@ def test_a_plan_that_does_not_fit_is_refused_and_a_cluster_that_grows_is_waited_
     assert found["refused"].startswith(sentence) and "waited 1 s" in found["refused"]
     assert found["refused at once"].startswith(sentence) and "waited" not in found["refused at once"]
     assert found["grown"] == ""
+
+
+def test_the_plan_of_a_live_cluster_is_of_its_nodes_with_the_coordinator_on_the_head(found):
+    code, out, err = found["live"]
+    assert (code, err) == (0, "")
+    (row,) = [line for line in out.splitlines() if "coordinator" in line]
+    assert found["head"] in row

@@ -4,6 +4,7 @@ On a CPU vLLM's engines stop and go on as on a GPU, through the same calls; only
 """
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -45,14 +46,19 @@ def test_engines_sleep_while_the_learner_trains_and_wake_with_its_weights(cluste
 
     monkeypatch.setattr(LearnerGroup, "update", watched)
     settings = load_config(RunSettings, None, [f"runs={tmp_path}", *SMALL])
+    others = held_groups()
     metrics = MetricsLog(tmp_path / "tiny")
     session = Session(settings, metrics, Summary(tmp_path / "tiny", "tiny"))
     asyncio.run(three_updates(session, settings, tmp_path))
     metrics.close()
 
     assert seen["asleep"] == [1, 1, 1]
-    assert seen["groups"] == [1, 1, 1], "engine and learner rank hold one placement group between them"
-    assert held_groups() == 0, "it is given back at the end"
+    assert seen["groups"] == [others + 1] * 3, "engine and learner rank hold one placement group between them"
+    for _ in range(100):  # Ray gives it back in its own time
+        if held_groups() == others:
+            break
+        time.sleep(0.1)
+    assert held_groups() == others
     rows = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["staleness/max"] == 0 and row["rollout/engines"] == 1 for row in rows)
