@@ -78,7 +78,7 @@ def free_port() -> int:
 def scraped(port: int) -> str:
     """What the run offers to Prometheus at the port that was asked for."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             return answer.read().decode()
     except OSError:
         return ""
