@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import io
 import json
+import logging
 import tempfile
 import threading
 import time
@@ -133,7 +134,7 @@ def main() -> None:
     if options.quick:
         options.rows = 200
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=600 * MB, logging_level="error",
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=600 * MB, logging_level=logging.ERROR,
         log_to_driver=False,
     )  # fmt: skip
     figures: dict[str, Any] = {}

@@ -32,7 +32,7 @@ def find_pairs(key_N: np.ndarray, signature_NS: np.ndarray, picture_NW: np.ndarr
     """
     exact = _repeated(key_N)
     rows = np.setdiff1d(np.arange(len(key_N)), exact[:, 1]) if len(exact) else np.arange(len(key_N))
-    found = [np.zeros((0, 2), np.int64)]
+    found: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
     width = SIGNATURE // _BANDS
     for band in range(_BANDS):
         text = signature_NS[rows, band * width : (band + 1) * width]

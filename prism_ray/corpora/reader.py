@@ -32,7 +32,8 @@ from prism_ray.records import Prompt
 
 MAX_JSON_MB = CorporaSettings().max_json_mb
 FOLDER = "folder"
-"""Where `read_piece` puts the folder that a row's image paths start in."""
+UNIT = "unit"
+"""Where `read_piece` puts the folder that a row's image paths start in, and what its place in the file counts."""
 
 _TAKEN = 64
 """Rows that are made Python objects at once."""
@@ -216,12 +217,18 @@ def _raw_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, dict[
 
 
 def _published(raw: dict[str, Any] | BadRow, fragment: Fragment) -> dict[str, Any] | BadRow:
-    if isinstance(raw, BadRow):
-        return raw
     try:
-        return published(raw, fragment.source) | {FOLDER: fragment.folder}
+        if isinstance(raw, BadRow):
+            raise raw
+        return published(raw, fragment.source) | {FOLDER: fragment.folder, UNIT: fragment.unit}
     except BadRow as bad:
+        bad.unit = fragment.unit
         return bad
+
+
+def unit_of(row: dict[str, Any] | BadRow) -> str:
+    """What the place of a row that `read_piece` gave counts."""
+    return row.unit if isinstance(row, BadRow) else row.get(UNIT, "row")
 
 
 def prompt_at(file: str, place: int, row: dict[str, Any] | BadRow) -> Prompt:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -44,7 +44,9 @@ MARKER = "<image>"
 
 class BadRow(ValueError):
     """A row that cannot be used. `reason` names the column and what is wrong with it, and is short, so that rows can
-    be counted by it; `detail` is what is particular to this row."""
+    be counted by it; `detail` is what is particular to this row, `unit` what its place in the file counts."""
+
+    unit = "row"
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -220,6 +222,6 @@ def text_of(value: Any) -> str:
     return text
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list, as JSON, Arrow or numpy have it."""
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)

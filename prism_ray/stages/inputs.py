@@ -26,7 +26,8 @@ def corpora_of(settings: RunSettings) -> dict[str, list[Source]]:
     own: dict[str, list[Source]] = {name: paths for name, paths in settings.data if paths}
     if set(own) >= set(COLUMNS_OF) - _OPTIONAL and settings.policy is not None:
         return own
-    return {name: [path] for name, path in _testbed_corpora(settings).items()} | own
+    made: dict[str, list[Source]] = {name: [path] for name, path in _testbed_corpora(settings).items()}
+    return made | own
 
 
 def _testbed_corpora(settings: RunSettings) -> dict[str, Path]:

@@ -111,11 +111,7 @@ class Shard:
 def entries(course: Course, start: int, stop: int) -> list[Entry]:
     """The rows at positions start … stop-1."""
     pieces = course.order.pieces(start, stop)
-    return [
-        Entry(p.fragment.file, place, row, p.fragment.unit)
-        for p in pieces
-        for _, place, row in read_piece(p, course.task.columns)
-    ]
+    return [(p.fragment.file, place, row) for p in pieces for _, place, row in read_piece(p, course.task.columns)]
 
 
 def overall(courses: Sequence[Course], phase: int, step: int) -> int:

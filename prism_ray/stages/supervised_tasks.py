@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.reader import prompt_at
+from prism_ray.corpora.reader import prompt_at, unit_of
 from prism_ray.corpora.rows import COLUMNS, BadRow
 from prism_ray.models.batch import Batch, Sample, collate
 from prism_ray.models.encode import BadImage, EncodedPrompt, Encoder, PromptTooLong
@@ -24,18 +24,8 @@ from prism_ray.models.logprobs import response_logprobs
 from prism_ray.models.pretrain import CellProbe
 from prism_ray.records import Prompt
 
-
-class Entry(NamedTuple):
-    """A row: its file, its place there (in `unit`s), and its columns, or why it cannot be read."""
-
-    file: str
-    place: int
-    row: dict[str, Any] | BadRow
-    unit: str
-
-    def bad(self, reason: str, detail: str) -> Quarantined:
-        """This row as it goes into quarantine."""
-        return Quarantined(self.file, self.place, reason, detail, self.unit)
+Entry = tuple[str, int, dict[str, Any] | BadRow]
+"""A row: file, place in the file, columns (or why it cannot be read)."""
 
 
 class Task(Protocol):
@@ -88,7 +78,7 @@ class ResponseTask:
         ids = encoder.response(prompt.reference)
         if len(ids) > self.max_response_tokens:
             detail = f"{len(ids)} tokens, the limit is {self.max_response_tokens}"
-            return entry.bad("teacher_response: too long", detail)
+            return _bad(entry, "teacher_response: too long", detail)
         return Sample(encoded, torch.tensor(ids))
 
     def size(self, sample: Sample) -> int:
@@ -139,8 +129,7 @@ class CellTask:
     def prepare(self, entries: Sequence[Entry]) -> list[Any]:
         needs = Requirements(decode=False, max_image_pixels=self.max_image_pixels)
         asked = [{"role": "user", "content": "<image>"}]
-        asking = [e if isinstance(e.row, BadRow) else e._replace(row=e.row | {"prompt": asked}) for e in entries]
-        prompts = [_prompt(entry, needs) for entry in asking]
+        prompts = [_prompt((file, at, _asking(row, asked)), needs) for file, at, row in entries]
         encoded = _encoded(_encoder(self.model, self.max_image_pixels), entries, prompts)
         return [_cells(entry, e) for entry, e in zip(entries, encoded, strict=True)]
 
@@ -166,12 +155,21 @@ def _encoder(model: str, max_prompt_tokens: int) -> Encoder:
     return Encoder(model, max_prompt_tokens)
 
 
+def _asking(row: dict[str, Any] | BadRow, asked: list[dict[str, str]]) -> dict[str, Any] | BadRow:
+    return row if isinstance(row, BadRow) else {**row, "prompt": asked}
+
+
+def _bad(entry: Entry, reason: str, detail: str) -> Quarantined:
+    """The row as it goes into quarantine."""
+    return Quarantined(entry[0], entry[1], reason, detail, unit_of(entry[2]))
+
+
 def _prompt(entry: Entry, needs: Requirements) -> Prompt | Quarantined:
     try:
-        prompt = prompt_at(entry.file, entry.place, entry.row)
+        prompt = prompt_at(*entry)
         check(prompt, needs)
     except BadRow as bad:
-        return entry.bad(bad.reason, bad.detail)
+        return _bad(entry, bad.reason, bad.detail)
     return prompt
 
 
@@ -190,18 +188,18 @@ def _encoded_one(encoder: Encoder, entry: Entry, prompt: Prompt) -> EncodedPromp
     try:
         return encoder.prompt(prompt)
     except PromptTooLong as error:
-        return entry.bad("prompt: too long", str(error))
+        return _bad(entry, "prompt: too long", str(error))
     except BadImage as error:
-        return entry.bad("images: does not decode", str(error))
+        return _bad(entry, "images: does not decode", str(error))
     except ValueError as error:  # the model's own processor refuses some images
-        return entry.bad("prompt: cannot be encoded", str(error))
+        return _bad(entry, "prompt: cannot be encoded", str(error))
 
 
 def _cells(entry: Entry, encoded: Any) -> CellBatch | Quarantined:
     if isinstance(encoded, Quarantined):
         return encoded
-    labels = [] if isinstance(entry.row, BadRow) else entry.row.get("labels") or []
+    labels = [] if isinstance(entry[2], BadRow) else entry[2].get("labels") or []
     tokens = len(encoded.visual_spots)
     if tokens == 0 or not labels or len(labels) % tokens:
-        return entry.bad("labels: do not fit the image", f"{len(labels)} for {tokens} tokens")
+        return _bad(entry, "labels: do not fit the image", f"{len(labels)} for {tokens} tokens")
     return CellBatch(encoded.pixel_values, encoded.grid_thw, torch.tensor(labels).view(tokens, -1))
