@@ -18,6 +18,7 @@ import logging
 import sys
 
 from prism_ray.config.cli import parse_job
+from prism_ray.config.corpora import paths_of
 from prism_ray.config.curate import CurateSettings
 from prism_ray.runtime.submitted import at_home
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         check_inputs(settings)
         setup_logging(settings.output)
         start_cluster(settings)
-        named = {"policy": [settings.policy], "prompts": settings.prompts}
+        named = {"policy": [settings.policy], "prompts": paths_of(settings.prompts)}
         require_shared(settings.output, named, settings.cluster.pending_timeout_s)
     except (ValueError, FileNotFoundError, ClusterError) as error:
         print(error, file=sys.stderr)

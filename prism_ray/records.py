@@ -67,8 +67,8 @@ class Rollout:
     @property
     def last_response(self) -> np.ndarray:
         """The tokens of the last response, int32."""
-        written = np.flatnonzero(~self.mask) if self.mask is not None else ()
-        return self.token_ids[written[-1] + 1 :] if len(written) else self.token_ids
+        written = np.flatnonzero(~self.mask) if self.mask is not None else np.zeros(0, np.int64)
+        return self.token_ids[int(written[-1]) + 1 :] if len(written) else self.token_ids
 
     @property
     def oldest_version(self) -> int:

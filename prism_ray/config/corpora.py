@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -69,3 +70,13 @@ class CorporaSettings(Settings):
     """Size of the blocks in which a reading task hands over its rows: small, so that the first come early."""
     timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for the next prompts before the run fails and says what it waited for."""
+
+
+def paths_of(sources: Sequence[Path | SourceSettings]) -> list[Path]:
+    """Where corpora lie, and the folders of their images that are named."""
+    found: list[Path] = []
+    for source in sources:
+        found.append(source.path if isinstance(source, SourceSettings) else source)
+        if isinstance(source, SourceSettings) and source.images is not None:
+            found.append(source.images)
+    return found

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from prism_ray.config.corpora import SourceSettings
 from prism_ray.config.run import RunSettings
 
 
@@ -19,8 +20,8 @@ class EvaluationSettings(RunSettings):
 
     checkpoint: Path
     """Hugging Face folder of the policy to evaluate; any stage's, or one from elsewhere."""
-    prompts: list[Path] = []
-    """Parquet files or folders with verifiable prompts. Unset: `data.evaluate`."""
+    prompts: list[Path | SourceSettings] = []
+    """Corpora with verifiable prompts. Unset: `data.evaluate`."""
     output: Path = Path("runs/evaluation")
     """Folder for what comes of it; the same folder again goes on where the evaluation ended."""
     n: int = Field(default=1, ge=1)

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.corpora import CorporaSettings, SourceSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings, paths_of
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
@@ -196,4 +196,4 @@ class RunSettings(Settings):
         """The files and folders of the user's own that the configuration names, by setting."""
         models = {"policy": self.policy, "discriminator.policy": self.discriminator.policy}
         named = {setting: [path] for setting, path in models.items() if path is not None}
-        return named | {f"data.{corpus}": paths for corpus, paths in self.data if paths}
+        return named | {f"data.{corpus}": paths_of(sources) for corpus, sources in self.data if sources}

@@ -18,7 +18,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
 from prism_ray.config.serve import ServeJobSettings, ServeSettings
-from prism_ray.runtime import cluster
+from prism_ray.planning import layout
+from prism_ray.runtime import cluster, placement
 from prism_ray.serve.auth import TokenError, load_digests
 from prism_ray.serve.deployment import application
 from prism_ray.serve.scoring import version_of
@@ -98,8 +99,9 @@ def _check_port(host: str, port: int) -> None:
 
 def _start(settings: ServeJobSettings, stopped: threading.Event) -> None:
     replicas = settings.replicas
-    needs = {"CPU": replicas.least * replicas.cpus, "GPU": replicas.least * replicas.gpus}
-    cluster.require({f"replicas.least = {replicas.least}": needs}, settings.cluster)
+    bundles = (layout.Bundle(replicas.cpus, replicas.gpus),) * replicas.least
+    groups = layout.Group("replica", bundles, "anywhere", f"replicas.least = {replicas.least}")
+    placement.check([layout.Layout("serve", (groups,))], settings.cluster)
     quiet = LoggingConfig(log_level=logging.WARNING, enable_access_log=False)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,

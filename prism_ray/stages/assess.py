@@ -18,6 +18,7 @@ import numpy as np
 from prism_ray.config.evaluation import EvaluationSettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.curation import RIGHT, pass_at_k
+from prism_ray.corpora.files import Source, path_of
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.models.load import check_policy
@@ -55,7 +56,7 @@ def check_inputs(settings: EvaluationSettings) -> None:
         load_truth(settings.evaluate.truth)
     make_environment(settings.verify.environment, settings.verify.options).close()
     if not corpus_of(settings):
-        raise AssessError("prompts is empty, and so is data.evaluate; name the Parquet files to evaluate on")
+        raise AssessError("prompts is empty, and so is data.evaluate; name the corpora to evaluate on")
     find_fragments(corpus_of(settings), ("prompt", "reward_model"))
     stamp, made_with = settings.output / _STAMP, _what_shapes(settings)
     if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
@@ -67,9 +68,9 @@ def check_inputs(settings: EvaluationSettings) -> None:
     stamp.write_text(json.dumps(made_with))
 
 
-def corpus_of(settings: EvaluationSettings) -> list[Path]:
-    """The files or folders that hold the prompts."""
-    return settings.prompts or settings.data.evaluate
+def corpus_of(settings: EvaluationSettings) -> list[Source]:
+    """The corpora that hold the prompts."""
+    return [*(settings.prompts or settings.data.evaluate)]
 
 
 def start_cluster(settings: EvaluationSettings) -> None:
@@ -86,7 +87,8 @@ async def assess(settings: EvaluationSettings) -> dict[str, Any] | None:
     if done < wanted and not await until_signal(_sample_all(settings, done, wanted)):
         return None
     rows = [row for row in read_samples(settings.output)[0] if row["position"] < wanted]
-    result = {"checkpoint": str(settings.checkpoint), "prompts": [str(path) for path in corpus_of(settings)]}
+    prompts = [str(path_of(source)) for source in corpus_of(settings)]
+    result = {"checkpoint": str(settings.checkpoint), "prompts": prompts}
     result |= {"by": settings.by, "rows": wanted} | result_of(rows)
     partial = settings.output / f"{RESULT}.partial"
     partial.write_text(json.dumps(_finite(result), indent=2) + "\n")
