@@ -10,7 +10,9 @@ from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.views import shares_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BASES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+OTHERS = {"cluster_gcp", "job", "serve"}
+"""Files that configure no run."""
+BASES = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - OTHERS)
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
 PAPER = ["qwen3_vl_4b", "qwen3_vl_8b"]
 

@@ -15,8 +15,10 @@ from prism_ray.config.base import Settings
 from prism_ray.config.collect import CollectSettings
 from prism_ray.config.curate import CurateSettings
 from prism_ray.config.describe import Field, fields
+from prism_ray.config.evaluation import EvaluationSettings
 from prism_ray.config.load import ConfigError, _plain, load_config
 from prism_ray.config.run import RunSettings
+from prism_ray.config.serve import ServeJobSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +26,10 @@ JOBS: dict[str, type[Settings]] = {
     "jobs/align.py": RunSettings,
     "jobs/curate.py": CurateSettings,
     "jobs/collect.py": CollectSettings,
+    "jobs/check.py": RunSettings,
+    "jobs/evaluate.py": EvaluationSettings,
+    "jobs/plan.py": RunSettings,
+    "jobs/serve.py": ServeJobSettings,
 }
 """Jobs that take settings."""
 FOLDERS = ("prism_ray", "jobs", "configs", "tests", "benchmarks", "docs", "tools", "requirements")
@@ -36,7 +42,7 @@ def code_of(page: str) -> list[str]:
     """What a page shows as code: its inline pieces and the lines of its blocks."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE))
-    return [*inline, *(line for block in blocks for line in block.splitlines())]
+    return [*inline, *(line for block in blocks for line in block.replace("\\\n", " ").splitlines())]
 
 
 @cache
