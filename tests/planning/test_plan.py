@@ -106,6 +106,15 @@ def test_the_colocated_layout_counts_what_the_learner_keeps_while_engines_sample
     assert "an engine needs" in problem and "beside what a learner rank keeps there" in problem
 
 
+def test_a_judges_activations_are_those_of_a_whole_group():
+    def held(*overrides: str) -> int:
+        (rank,) = [u for u in planned([of("4b")], *overrides).usages if u.actor == "judge rank"]
+        return rank.memory.activations
+
+    few = held("discriminator.rollouts_per_update=4")
+    assert 2.5 * few < held() < 3.5 * few, "the prompt, and 17 responses in place of 5"
+
+
 def test_flow_tells_the_bottleneck_and_asynchrony_shortens_an_update():
     asynchronous, in_turn = (
         {flow.stage: flow for flow in planned([of("4b")], f"rlvr.loop.max_staleness={k}").flows}["rlvr"] for k in (1, 0)
