@@ -15,7 +15,7 @@ from prism_ray.corpora.checks import Requirements
 from prism_ray.discriminator.group import JudgePlaces
 from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder
-from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer
+from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer, whole_run
 from prism_ray.records import Prompt
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
@@ -43,7 +43,7 @@ class Session:
         self.corpora: dict[str, list[Path]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
-        self.placement = Placement(settings.cluster)
+        self.placement = Placement(settings.cluster, whole_run(settings))
         self._pool: RolloutPool | None = None
 
     def stage_folder(self, stage: str) -> Path:

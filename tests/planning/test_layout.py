@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prism_ray.config.load import ConfigError, load_config
 from prism_ray.config.run import RunSettings
-from prism_ray.planning.layout import Bundle, Group, Layout, Misfit, Node, assign, layout, layouts
+from prism_ray.planning.layout import Bundle, Group, Layout, Misfit, Node, assign, layout, layouts, whole_run
 
 GPUS = (
     "rollout.engines=3", "rollout.gpus_per_engine=1", "rollout.cpus_per_engine=4", "learner.ranks=4",
@@ -137,6 +137,22 @@ def test_a_cluster_that_is_too_small_is_told_who_asks_for_what():
         "discriminator.ranks = 1: 0.75, discriminator.scorers = 1: 0.25) but the cluster has 4; lower one of these or "
         "what each books, or use a larger cluster"
     )
+
+
+def test_what_lies_somewhere_already_stays_there_and_counts():
+    plan = Layout("run", (group("engine 0", 4), group("engine 1", 4), group("learner", *[1] * 8, strategy="pack")))
+    found = assign(plan, FOUR, {"engine 0": ("n2",), "learner": ("n0",) * 8})
+    assert found == {"engine 0": ("n2",), "learner": ("n0",) * 8, "engine 1": ("n2",)}
+
+
+def test_the_plan_of_a_whole_run_holds_what_may_run_at_once():
+    def names(*overrides: str) -> list[str]:
+        return [g.name for g in whole_run(settings(*GPUS, *overrides))]
+
+    engines = ["engine 0", "engine 1", "engine 2"]
+    assert names("stages=[align]") == [*engines, "learner", "judge ranks", "scorer 0"]
+    assert names("stages=[rlvr]") == [*engines, "learner"]
+    assert names("stages=[evaluate]") == engines
 
 
 BUNDLES = st.lists(st.sampled_from([0, 0.25, 0.5, 1, 2, 4]), min_size=1, max_size=4)
