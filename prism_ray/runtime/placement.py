@@ -129,6 +129,8 @@ class Placement:
         ones are given up: ClusterError.
         """
         new = [group for group in groups if group.name not in self._held]
+        if not new:
+            return
         where = await asyncio.to_thread(self._targets, new)
         try:
             for group in new:
@@ -151,13 +153,14 @@ class Placement:
         there = nodes()
         known, ids = {node.id: node.name for node in there}, {node.name: node.id for node in there}
         fixed: dict[str, tuple[str, ...]] = {}
-        for name, (group, held) in self._held.items():
+        now = dict(self._held)  # others are reserved meanwhile
+        for name, (group, held) in now.items():
             lies = placement_group_table(held)["bundles_to_node_id"] if held is not None else {}
             at = [known.get(lies.get(i, "")) for i in range(len(lies))]
             if len(at) == len(group.bundles) and all(at):
                 fixed[name] = tuple(str(node) for node in at)
         names = {group.name for group in self._plan}
-        more = [group for name, (group, _) in self._held.items() if name in fixed and name not in names]
+        more = [group for name, (group, _) in now.items() if name in fixed and name not in names]
         plan = [group for group in (*self._plan, *more) if all(bundle.resources for bundle in group.bundles)]
         try:
             placed = assign(Layout("run", tuple(plan)), there, fixed)
