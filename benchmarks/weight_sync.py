@@ -1,11 +1,13 @@
 """Weights from the learner to a vLLM engine through shared memory: seconds and bytes/s against a plain memory copy.
 
     python benchmarks/weight_sync.py [--quick] [--sizes 1M 10M 100M 200M] [--without-engine 1B] [--updates N]
+                                     [--transport gloo]
 
 Every part is the real one: a DeepSpeed learner in a Ray actor puts its weights into the object store (`gather_s`), the
 pool hands the reference to a vLLM engine's actor, which writes the file in shared memory (`write_s`, timed alone) and
 exchanges the weights between two decoding steps (`paused_s`: what running requests see). `publish_s` is the whole of
-the pool's part, `total_s` learner and pool together, as a training step pays for it when nothing overlaps. The policies
+the pool's part, `total_s` learner and pool together, as a training step pays for it when nothing overlaps. With another
+`--transport` the learner sets a copy aside (`gather_s`; then it could train on) and the engine fetches it. The policies
 are randomly initialised Qwen3-VL in float32. `copy_s` copies the same tensors, one by one, to memory that is there
 already. Each figure is the fastest of several updates. Sizes `--without-engine` are only written and read back: three
 times their bytes of memory are enough for that.
@@ -40,6 +42,7 @@ from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import cluster
 from prism_ray.testbed.words import vocabulary
 from prism_ray.weights.files import SharedFile
+from prism_ray.weights.transports import Wire
 
 SIZES = {
     "1M": TinyModelSettings(),
@@ -90,13 +93,15 @@ def local_parts(weights: Arrays, repetitions: int) -> dict[str, float]:
     return parts
 
 
-async def through_an_engine(folder: Path, updates: int) -> tuple[dict[str, float], Arrays]:
-    """Learner to engine; also returns the learner's weights as the engine got them."""
-    learner = await LearnerGroup.create(folder, LearnerSettings(cpus_per_rank=0.5), RECIPE, ROLLOUT.max_prompt_tokens)
+async def through_an_engine(folder: Path, updates: int, settings: RolloutSettings) -> dict[str, float]:
+    """Learner to engine."""
+    learner = await LearnerGroup.create(
+        folder, LearnerSettings(cpus_per_rank=0.5), RECIPE, settings.max_prompt_tokens, wire=Wire.of(settings)
+    )
     try:
-        pool = await RolloutPool.create(folder, ROLLOUT)
+        pool = await RolloutPool.create(folder, settings)
         try:
-            rows, reference = [], await learner.weights()
+            rows = []
             for version in range(1, updates + 2):
                 began = time.perf_counter()
                 reference = await learner.weights()
@@ -104,13 +109,12 @@ async def through_an_engine(folder: Path, updates: int) -> tuple[dict[str, float
                 metrics = await pool.publish(reference, version)
                 ended = time.perf_counter()
                 rows.append((gathered - began, ended - gathered, metrics["weights/paused_s"], ended - began))
-            weights = {name: weight.copy() for name, weight in (await reference).items()}
         finally:
             await pool.shutdown()
     finally:
         learner.shutdown()
     least = np.min(rows[1:], axis=0).tolist()  # the first update warms up
-    return dict(zip(("gather_s", "publish_s", "paused_s", "total_s"), least, strict=True)), weights
+    return dict(zip(("gather_s", "publish_s", "paused_s", "total_s"), least, strict=True))
 
 
 def figures(parts: Mapping[str, float], weights: Arrays) -> dict[str, float]:
@@ -119,15 +123,13 @@ def figures(parts: Mapping[str, float], weights: Arrays) -> dict[str, float]:
     return {"parameters": sum(weight.size for weight in weights.values()), "bytes": size, **parts, **speeds}
 
 
-def measure(size: str, engine: bool, updates: int) -> dict[str, float]:
+def measure(size: str, settings: RolloutSettings | None, updates: int) -> dict[str, float]:
+    """Figures of one size; without settings, of what needs no engine."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_tiny(folder, vocabulary(), SIZES[size], seed=0)
-        parts: dict[str, float] = {}
-        if engine:
-            parts, weights = asyncio.run(through_an_engine(folder, updates))
-        else:
-            weights = {n: w.numpy() for n, w in load_policy(folder).state_dict().items()}
+        parts = {} if settings is None else asyncio.run(through_an_engine(folder, updates, settings))
+        weights = {n: p.detach().numpy() for n, p in load_policy(folder).named_parameters()}
         return figures(parts | local_parts(weights, updates), weights)
 
 
@@ -136,16 +138,18 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["1M", "10M", "100M", "200M"])
     parser.add_argument("--without-engine", nargs="*", choices=SIZES, default=[])
     parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--transport", choices=["shared_memory", "gloo"], default="shared_memory")
     options = parse(__doc__, parser)
     if options.quick:
         options.sizes, options.without_engine, options.updates = ["1M"], ["10M"], 2
-    found = {size: measure(size, False, options.updates) for size in options.without_engine}
+    settings = ROLLOUT.model_copy(update={"weights": options.transport})
+    found = {size: measure(size, None, options.updates) for size in options.without_engine}
     most = max((SIZES[size].hidden_size ** 2 * SIZES[size].layers for size in options.sizes), default=0)
     # Room in the object store for the weights on their way and those before them (about 13 numbers of 4 bytes a unit).
     cluster.start(ClusterSettings(object_store_mb=300 + 3 * 13 * 4 * most // 2**20))
     try:
         for size in options.sizes:
-            found[size] = measure(size, True, options.updates)
+            found[size] = measure(size, settings, options.updates)
             print(size, {name: float(f"{value:.3g}") for name, value in found[size].items()}, flush=True)
     finally:
         ray.shutdown()
@@ -155,7 +159,8 @@ def main() -> None:
         for part in ("total", "publish", "paused", "write")
         if f"{part}_s" in row
     }
-    finish("weight_sync", ratios, found, {**conditions(), "load": os.getloadavg()[0], "updates": options.updates})
+    how = {"load": os.getloadavg()[0], "updates": options.updates, "transport": options.transport}
+    finish("weight_sync", ratios, found, conditions() | how)
 
 
 if __name__ == "__main__":

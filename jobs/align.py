@@ -24,6 +24,7 @@ from prism_ray.report.incidents import reason
 from prism_ray.report.progress import setup_logging
 from prism_ray.report.summary import read_summary
 from prism_ray.report.table import print_evaluation
+from prism_ray.runtime.submitted import at_home
 
 # Bars of libraries that write model files would tear the live panel; a run has its own progress.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -33,22 +34,27 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
+    settings = at_home(settings, output="runs")
     folder = settings.runs / settings.name
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError
+    from prism_ray.report.wandb_run import WandbError
     from prism_ray.runtime.cluster import ClusterError
+    from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.run import InputError, check_inputs, run, start_cluster
     from prism_ray.stages.session import Interrupted
 
     try:
         setup_logging(folder)
+        logging.getLogger("prism_ray").info("%s holds this run", folder.absolute())
         check_inputs(settings)
         start_cluster(settings)
+        require_shared(folder, settings.named_paths(), settings.cluster.pending_timeout_s)
         asyncio.run(run(settings))
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the same command continues it: {folder}", file=sys.stderr)
         return 130
-    except (InputError, CorpusError, ClusterError) as error:
+    except (InputError, CorpusError, ClusterError, WandbError) as error:
         print(error, file=sys.stderr)
         return 2
     except Exception as error:

@@ -19,6 +19,7 @@ import sys
 
 from prism_ray.config.cli import parse_job
 from prism_ray.config.collect import CollectSettings
+from prism_ray.runtime.submitted import at_home
 
 DRY_RUN = "--dry-run"
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     dry_run = DRY_RUN in argv
     settings = parse_job([word for word in argv if word != DRY_RUN], CollectSettings, __doc__ or "")
+    settings = at_home(settings, output="output")
     # Imported after the command line is understood: --help and a typing error should not take seconds.
     from prism_ray.corpora.collect_journal import CollectError
     from prism_ray.corpora.reader import CorpusError

@@ -18,24 +18,30 @@ import logging
 import sys
 
 from prism_ray.config.cli import parse_job
+from prism_ray.config.corpora import paths_of
 from prism_ray.config.curate import CurateSettings
+from prism_ray.runtime.submitted import at_home
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     settings = parse_job(argv, CurateSettings, __doc__ or "")
+    settings = at_home(settings, output="output")
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.curation import drawn
     from prism_ray.corpora.reader import CorpusError
     from prism_ray.report.incidents import reason
     from prism_ray.report.progress import setup_logging
     from prism_ray.runtime.cluster import ClusterError
+    from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.curate import check_inputs, curate, start_cluster
 
     try:
         check_inputs(settings)
         setup_logging(settings.output)
         start_cluster(settings)
+        named = {"policy": [settings.policy], "prompts": paths_of(settings.prompts)}
+        require_shared(settings.output, named, settings.cluster.pending_timeout_s)
     except (ValueError, FileNotFoundError, ClusterError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -33,12 +33,18 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sampled response.
+    """One sampled response, or those of an episode of several turns with what the environment wrote between them.
 
     `token_ids` int32 [R] (end token included when the model ended itself); `logp` float32 [R], natural log-probs of
     those tokens under what sampled them (behaviour policy, after temperature); `versions` int32 [R], the policy
     version that produced each token; `prompt_token_ids` int32 [P] with image placeholders expanded;
     `finish_reason` is `stop`, `length` or `abort`.
+
+    Of an episode, `token_ids` go on to the end of the last response: `mask` bool [R] says which tokens the policy
+    sampled (None: all). The environment's have log-prob 0 and the version of the token before them; no loss comes from
+    them. `turns` are the messages between the prompt and the last response, and each `<image>` of the environment's
+    stands for the next of `images`, whose expanded placeholders are among the tokens. `text` and `finish_reason` are
+    the last response's.
     """
 
     prompt_id: str
@@ -49,6 +55,20 @@ class Rollout:
     versions: np.ndarray
     text: str
     finish_reason: str
+    mask: np.ndarray | None = None
+    turns: tuple[dict[str, str], ...] = ()
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def sampled(self) -> int:
+        """How many of the tokens the policy sampled."""
+        return len(self.token_ids) if self.mask is None else int(self.mask.sum())
+
+    @property
+    def last_response(self) -> np.ndarray:
+        """The tokens of the last response, int32."""
+        written = np.flatnonzero(~self.mask) if self.mask is not None else np.zeros(0, np.int64)
+        return self.token_ids[int(written[-1]) + 1 :] if len(written) else self.token_ids
 
     @property
     def oldest_version(self) -> int:
@@ -114,14 +134,18 @@ class Group:
         return max((int(r.versions.max()) for r in self.rollouts if len(r.versions)), default=0)
 
 
+UNDONE = -1
+"""In place of a judge's version: those weights were undone by a recovery, and their number will name others."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A group on its way: first a prompt (`ref` holds a `Prompt`), then its rollouts, then judged (a `Group`).
 
     `id` is the submission number, unique in a run; `position` is the prompt's place in the stream (epoch and row, as
     the stream counts them); `oldest_version` the policy version of the group's oldest token, `judge_version` the
-    oldest discriminator version among its verdicts; `tokens` the number of response tokens, `total_tokens` those and
-    the prompt's (what a learner computes); `stats` small numbers for the metrics.
+    oldest discriminator version among its verdicts, or UNDONE; `tokens` the number of response tokens, `total_tokens`
+    those and the prompt's (what a learner computes); `stats` small numbers for the metrics.
     """
 
     id: int

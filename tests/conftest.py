@@ -1,9 +1,20 @@
-"""One private Ray instance for every test of a session that needs one: starting it once saves minutes."""
+"""One private Ray instance for every test of a process that needs one, and which process a test runs in."""
 
 from pathlib import Path
 
 import pytest
 import ray
+
+LONGEST = ("end_to_end", "stages", "rollout", "discriminator", "weights", "serve", "verify", "learner", "corpora")
+"""Rooms whose tests take minutes, the longest first: they begin, so that the short ones fill the gaps at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a room stay together (`--dist loadgroup`): they share its engines, models and Ray instance."""
+    rooms = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item, room in rooms.items():
+        item.add_marker(pytest.mark.xdist_group(room))
+    items.sort(key=lambda item: LONGEST.index(rooms[item]) if rooms[item] in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings
 
 _OURS = ("model", "messages", "stream", "n", "max_tokens", "max_completion_tokens")
 
@@ -109,7 +109,7 @@ class SpendingSettings(Settings):
 class CollectSettings(Settings):
     """A run of `jobs/collect.py`."""
 
-    prompts: list[Path] = Field(min_length=1)
+    prompts: list[Path | SourceSettings] = Field(min_length=1)
     """Corpora with the prompts, as for training; references that they have already are replaced."""
     output: Path = Path("runs/references")
     """Folder for the answers; the same folder again goes on where the collection ended."""

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings
 from prism_ray.config.verify import VerifySettings
@@ -17,7 +17,7 @@ from prism_ray.config.verify import VerifySettings
 class CurateSettings(Settings):
     """A run of `jobs/curate.py`."""
 
-    prompts: list[Path] = Field(min_length=1)
+    prompts: list[Path | SourceSettings] = Field(min_length=1)
     """Corpora with verifiable prompts."""
     policy: Path
     """Hugging Face folder of the policy that tries to solve them."""

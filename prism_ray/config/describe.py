@@ -64,14 +64,18 @@ def default_of(field: FieldInfo) -> Any:
     return REQUIRED if default is PydanticUndefined else default
 
 
-def fields(cls: type[Settings], prefix: str = "") -> Iterator[Field]:
-    """Every field of `cls` and of the settings inside it, in order, sections before their content."""
+def fields(cls: type[Settings], prefix: str = "", within: Any = None) -> Iterator[Field]:
+    """Every field of `cls` and of the settings inside it, in order, sections before their content.
+
+    `within` is what the section is where nobody sets it: its content, if of this class, decides the defaults.
+    """
     for key, info in cls.model_fields.items():
         inner = nested(info.annotation)
         doc = " ".join((info.description or "").split())
-        yield Field(prefix + key, _full_type(info), default_of(info), doc, bool(inner), _item(info.annotation))
+        default = getattr(within, key) if type(within) is cls else default_of(info)
+        yield Field(prefix + key, _full_type(info), default, doc, bool(inner), _item(info.annotation))
         for inner_cls in inner:
-            yield from fields(inner_cls, f"{prefix}{key}.")
+            yield from fields(inner_cls, f"{prefix}{key}.", default)
 
 
 def describe(cls: type[Settings]) -> str:

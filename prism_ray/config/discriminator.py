@@ -35,7 +35,7 @@ class ReplaySettings(Settings):
     """Pairs kept, the newest; their prompts, images included, stay in the discriminator's memory and checkpoints."""
 
 
-Remedy = Literal["none", "lower_rate", "raise_replay"]
+Remedy = Literal["none", "lower_rate", "raise_replay", "freeze_policy", "restore"]
 
 
 class GuardSettings(Settings):
@@ -60,7 +60,9 @@ class GuardSettings(Settings):
     """Share of head outputs at the clip (`saturation`), where they have no gradient."""
     on_separable: Remedy = "none"
     """What is done while `separable` rings: `lower_rate` halves the discriminator's learning rate, so that the policy
-    can catch up; `raise_replay` replays `raised_replay` of old pairs."""
+    can catch up; `raise_replay` replays `raised_replay` of old pairs; `freeze_policy` closes the view's gate, so that
+    the judge learns on while the view moves the policy no more (AdamW's momentum lets it coast for a few updates);
+    `restore`, once when the alarm begins, makes the judge what warm-up left, with fresh momentum."""
     on_chance: Remedy = "none"
     """The same while `chance` rings."""
     on_drift: Remedy = "none"
@@ -74,10 +76,9 @@ class GuardSettings(Settings):
         """The remedy of an alarm, by its name."""
         return getattr(self, f"on_{alarm}")
 
-    @property
-    def may_replay(self) -> bool:
-        """Whether an alarm can ask for replay, so that pairs must be kept for it."""
-        return "raise_replay" in (self.on_separable, self.on_chance, self.on_drift, self.on_saturation)
+    def may(self, remedy: Remedy) -> bool:
+        """Whether an alarm can ask for this remedy (pairs must be kept for `raise_replay`, for instance)."""
+        return remedy in (self.on_separable, self.on_chance, self.on_drift, self.on_saturation)
 
 
 class GateSettings(Settings):
@@ -218,7 +219,7 @@ class DiscriminatorSettings(JudgingSettings):
                 "discriminator.optimiser.zero_stage is 3 but there are no scorers; ranks that hold only parts of the "
                 "weights cannot judge, so set discriminator.scorers to 1 or more, or zero_stage to 2"
             )
-        if self.guard.may_replay and self.guard.raised_replay <= self.replay.share:
+        if self.guard.may("raise_replay") and self.guard.raised_replay <= self.replay.share:
             raise ValueError(
                 f"discriminator.guard.raised_replay is {self.guard.raised_replay}, no more than replay.share "
                 f"{self.replay.share}, so the remedy raise_replay would do nothing; raise it"

@@ -35,12 +35,20 @@ def load_config(cls: type[S], files: Path | Sequence[Path] | None = None, overri
     overrides win over all files. Raises ConfigError naming every problem at once, with the file it stands in.
     """
     files = [files] if isinstance(files, Path) else list(files or ())
-    layers = [(str(file), _read(file)) for file in files]
+    return _built(cls, [(str(file), _read(file)) for file in files], overrides or ())
+
+
+def settings_of(cls: type[S], data: dict[str, Any]) -> S:
+    """Build `cls` from plain data that stands in somebody else's file. Raises ConfigError naming every problem."""
+    return _built(cls, [("args", data)], ())
+
+
+def _built(cls: type[S], layers: list[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> S:
     data: dict[str, Any] = {}
     for _, layer in layers:
         data = _laid_over(cls, data, deepcopy(layer))
     typed: dict[str, Any] = {}
-    problems = [p for o in overrides or () if (p := _override(typed, o) or _override(data, o))]
+    problems = [p for o in overrides if (p := _override(typed, o) or _override(data, o))]
     if problems:
         raise ConfigError(problems)
     try:

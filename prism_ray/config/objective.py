@@ -64,6 +64,11 @@ class AdvantageSettings(Settings):
     """`bounded_views` only: reward = sigmoid((score - reference score) / temperature); bounds what one outlying score
     can do."""
 
+    by_std: bool = True
+    """`bounded_views` only: divide by the standard deviation of the view's rewards in the group, as published. False
+    centres them alone: a group that the judge finds all alike then moves the policy little, instead of having its
+    noise brought to full size."""
+
     invalid_offset: float | None = Field(default=None, ge=0)
     """How far below the worst valid response of its group an invalid one is scored, per view. None: 1.0 for the PRISM
     forms (published), 0.1 for `bounded_views` (whose rewards lie in 0..1)."""
@@ -99,6 +104,10 @@ class AdvantageSettings(Settings):
             raise ValueError(
                 f"credit: per_view needs an advantage per view, which estimator {self.estimator} does not give; "
                 "set credit: all_tokens, or estimator: bounded_views or prism_code"
+            )
+        if not self.by_std and self.estimator != "bounded_views":
+            raise ValueError(
+                f"by_std: false is for estimator bounded_views, not {self.estimator}; rewards have estimator: dr_grpo"
             )
         if self.estimator in VIEW_ESTIMATORS:
             if self.overlong_share:

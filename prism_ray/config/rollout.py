@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
 
+TransportName = Literal["shared_memory", "gloo", "nccl", "sparse_nccl", "ipc", "sharded_rdt"]
+
 
 class RolloutSettings(Settings):
     """A pool of vLLM engines and how it samples."""
@@ -50,6 +52,16 @@ class RolloutSettings(Settings):
     token's log-prob is exactly that of the version it is attributed to. `keep`: they go on with old keys and values
     (cheaper for long responses; the behaviour policy is then a mixture of versions). Cached prompts and images
     of older weights are never used for new rollouts in either case."""
+    weights: TransportName = "shared_memory"
+    """How new weights reach the engines. `shared_memory`: through the object store and a file, on any machine. The
+    others set a copy aside in the learner's memory (a second copy of the weights in `dtype`; for `sparse_nccl` a third)
+    from which each engine fetches it: `gloo` over the network between CPUs, `nccl` between GPUs, `sparse_nccl` likewise
+    but only what has changed since (small steps in bfloat16 leave most numbers as they are; dense policies only), `ipc`
+    within a GPU that a learner rank and an engine share, `sharded_rdt` (needs the package nixl) where each worker of a
+    large engine fetches only its slice."""
+    weights_bucket_mb: float = Field(default=256.0, gt=0)
+    """Weights travel in pieces of this size, except through shared memory: small ones cost round trips, large ones
+    memory of the engine, which holds a piece beside the weights."""
     seed: int = 0
     """Added to the run's seed for the engines' random numbers; engine i uses their sum + i."""
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prism_ray.config.base import Settings
-from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings, paths_of
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
@@ -16,6 +16,7 @@ from prism_ray.config.objective import ObjectiveSettings
 from prism_ray.config.report import ReportSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings, JournalSettings
+from prism_ray.config.served import ServedSettings
 from prism_ray.config.stages import EvaluateSettings, PhaseSettings, RlvrSettings, WarmupSettings
 from prism_ray.config.supervised import BaseSettings, SftSettings, SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
@@ -29,15 +30,19 @@ STAGES: tuple[StageName, ...] = (
 
 
 class DataSettings(Settings):
-    """The user's own corpora (Parquet files or folders). Unset: the testbed makes them."""
+    """The user's own corpora: paths of Parquet, JSON Lines or JSON files or of folders of them, or a path with its
+    format, columns and image folder. Unset: the testbed makes them."""
 
-    sft: list[Path] = []
+    sft: list[Path | SourceSettings] = []
     """Demonstrations for SFT: needs `teacher_response`."""
-    align: list[Path] = []
+    align: list[Path | SourceSettings] = []
     """Prompts with references for warm-up and alignment."""
-    rlvr: list[Path] = []
+    warmup: list[Path | SourceSettings] = []
+    """Warm-up pairs (`question`, `image`, `teacher_caption`, `teacher_cot`, `student_caption`, `student_cot`), such as
+    `jobs/curate.py` writes. Unset: the policy's own rollouts of `align`, which match what the judge will meet."""
+    rlvr: list[Path | SourceSettings] = []
     """Prompts with verifiable answers."""
-    evaluate: list[Path] = []
+    evaluate: list[Path | SourceSettings] = []
     """Held-out prompts."""
 
 
@@ -47,13 +52,17 @@ class RunSettings(Settings):
     name: str = Field(default="tiny", min_length=1, pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/<name>`. The same name again continues where the run ended."""
     runs: Path = Path("runs")
-    """Folder that holds the runs."""
+    """Folder that holds the runs. A job of `ray job submit` works in a copy that is deleted after it, so for it a
+    relative path is in PRISM_RAY_HOME, a folder that all nodes share, or else in `~/prism_ray`."""
     seed: int = 0
     """Seed of corpora, initial weights, order and sampling."""
     stages: list[StageName] = list(STAGES)
     """Stages to run, in any order; what one needs and is missing or out of date runs first."""
     policy: Path | None = None
     """Hugging Face folder of the starting policy. Unset: the testbed's own tiny base model is built and trained."""
+    system_prompt: str = ""
+    """System turn that the chat template of every checkpoint from SFT on writes where a conversation has none. Give the
+    one that your prompts carry: other programs' runners send the question alone."""
     data: DataSettings = DataSettings()
     """Corpora of your own."""
     testbed: TestbedSettings = TestbedSettings()
@@ -86,12 +95,45 @@ class RunSettings(Settings):
     """Discriminator."""
     verify: VerifySettings = VerifySettings()
     """Verifier of RLVR."""
+    served: ServedSettings = ServedSettings()
+    """The endpoint that judges where `align.judge` or `rlvr.judge` is `serve`."""
     journal: JournalSettings = JournalSettings()
     """Where judged trajectories are kept."""
     cluster: ClusterSettings = ClusterSettings()
     """The Ray cluster."""
     report: ReportSettings = ReportSettings()
     """Metrics and report."""
+
+    @model_validator(mode="after")
+    def _weights_can_travel(self) -> Self:
+        way = self.rollout.weights
+        without = [
+            f"{name} is 0"
+            for name, gpus in (
+                ("rollout.gpus_per_engine", self.rollout.gpus_per_engine),
+                ("learner.gpus_per_rank", self.learner.gpus_per_rank),
+            )
+            if not gpus
+        ]
+        if way not in ("shared_memory", "gloo") and without:
+            raise ValueError(
+                f"rollout.weights: {way} carries weights between GPUs, but {' and '.join(without)}; "
+                "set it to shared_memory or gloo"
+            )
+        if way == "ipc" and self.rollout.engines * self.rollout.gpus_per_engine > self.learner.ranks:
+            raise ValueError(
+                "rollout.weights: ipc works within a GPU that a learner rank and an engine share, but the engines have "
+                f"{self.rollout.engines * self.rollout.gpus_per_engine} GPUs and there are only {self.learner.ranks} "
+                "learner ranks; use nccl, or fewer engines"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _served_somewhere(self) -> Self:
+        asking = [name for name, phase in (("align", self.align), ("rlvr", self.rlvr)) if phase.judge == "serve"]
+        if asking and not self.served.url:
+            raise ValueError(f"{asking[0]}.judge is serve but served.url is empty; give the endpoint's address")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -108,6 +150,17 @@ class RunSettings(Settings):
                     f"{name}.objective.max_response_tokens is {phase.objective.max_response_tokens} but the stage sets "
                     f"it to the longest response, {limit}; remove it, or set {name}.max_response_tokens"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_reaches_the_policy(self) -> Self:
+        judge = self.discriminator
+        gating = "gate" if judge.gate else "guard's freeze_policy" if judge.guard.may("freeze_policy") else ""
+        if gating and self.align.advantage.estimator == "prism_paper":
+            raise ValueError(
+                f"align.advantage.estimator prism_paper normalises the sum of the views, which undoes discriminator."
+                f"{gating}; set prism_code or bounded_views, or unset that"
+            )
         return self
 
     @model_validator(mode="after")
@@ -138,3 +191,9 @@ class RunSettings(Settings):
                 f"{why}rollout.kv_cache_gb must be a number: unset, vLLM would take the memory that the learner keeps"
             )
         return self
+
+    def named_paths(self) -> dict[str, list[Path]]:
+        """The files and folders of the user's own that the configuration names, by setting."""
+        models = {"policy": self.policy, "discriminator.policy": self.discriminator.policy}
+        named = {setting: [path] for setting, path in models.items() if path is not None}
+        return named | {f"data.{corpus}": paths_of(sources) for corpus, sources in self.data if sources}

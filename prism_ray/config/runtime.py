@@ -64,15 +64,22 @@ class ClusterSettings(Settings):
     """The Ray cluster."""
 
     address: str | None = None
-    """Cluster to join (`auto` inside `ray job submit`); unset: RAY_ADDRESS if set, else a private one on this
-    machine."""
+    """Cluster to join, `HOST:6379` or `auto`; unset: RAY_ADDRESS if set (`ray job submit` sets it), else a private
+    cluster on this machine."""
     cpus: int | None = Field(default=None, ge=1)
     """CPUs a private cluster offers; unset: those of this machine."""
     object_store_mb: int = Field(default=512, ge=80)
     """Memory of a private cluster's object store; it holds prompts, groups and weights on their way."""
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port at which a private cluster offers its metrics to Prometheus (the nodes of a cluster that is joined have
+    theirs); unset: one that is free, which the log names, so that two runs on a machine do not meet."""
     pending_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds to wait for the cluster to grant the actors their CPUs and GPUs before failing with what is missing; what
-    is waited for is logged after ten. A cluster whose autoscaler must first start nodes needs minutes."""
+    is waited for is logged after ten. Of engines and scorers added while a run goes on, before going on without them. A
+    cluster whose autoscaler must first start nodes needs minutes."""
+    resize_poll_s: float = Field(default=2.0, gt=0)
+    """How often a run looks whether its `resize.yaml` asks for more or fewer engines or scorers. An engine takes 20 s
+    to start: to look more often gains nothing."""
     layout: Literal["split", "colocated"] = "split"
     """`split`: engines and learner have GPUs of their own and work at the same time. `colocated`: each learner rank
     shares its GPU with an engine, which sleeps while the ranks train (`rollout.sleep_level`); so the two take turns,
@@ -84,4 +91,4 @@ class ClusterSettings(Settings):
     stop_grace_s: float = Field(default=120.0, ge=0)
     """Seconds a stage has to save its state and end after Ctrl-C or SIGTERM; then it is ended as it is, and the next
     run goes on from its last checkpoint. Must hold one update and one checkpoint, and stay below what a scheduler
-    grants before it kills."""
+    grants before it kills; for `ray job stop` that is RAY_JOB_STOP_WAIT_TIME_S, and 3 s where it is not set."""

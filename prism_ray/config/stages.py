@@ -59,6 +59,9 @@ class PhaseSettings(Settings):
     max_response_tokens: int | None = Field(default=None, ge=1)
     """A response of this phase is cut here: the engines' limit, and the constant that the objective and the overlong
     penalty count with. Unset: `rollout.max_response_tokens`, which is the most it may be."""
+    judge: Literal["own", "serve"] = "own"
+    """Who judges: the run's own (alignment's discriminator, which learns; RLVR's verifier), or with `serve` the frozen
+    discriminator behind `served.url`, which needs references of both and no warm-up."""
     optimiser: PhaseOptimiserSettings = PhaseOptimiserSettings()
     """What this phase's optimiser does otherwise than `learner` says."""
     loop: LoopSettings = LoopSettings()
@@ -101,7 +104,7 @@ class WarmupSettings(Settings):
     prompts_per_step: int = Field(default=48, ge=1)
     """Prompts in one discriminator step. Many prompts with few rollouts each teach more than the reverse."""
     rollouts: int = Field(default=2, ge=1)
-    """SFT rollouts for each prompt."""
+    """SFT rollouts for each prompt. With `data.warmup` a row is a prompt with the one rollout it has."""
     min_steps: int = Field(default=12, ge=0)
     """Steps before the target may end the warm-up. Pair accuracy passes .9 within 4, when the judge still ranks the
     rollouts of one prompt at chance; that takes 12 (correlation of its caption score with the cells' truth .40)."""

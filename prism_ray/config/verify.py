@@ -19,6 +19,11 @@ class VerifySettings(Settings):
     options: dict[str, Any] = Field(default={})
     """Keyword arguments of the environment: `{limit_s: 5}` gives the symbolic comparisons of `prism/Answer-v0` five
     seconds of processor time in place of two, for answers that are long expressions."""
+    max_turns: int = Field(default=1, ge=1)
+    """Most responses of an episode: above 1 the environment may answer a response, and the policy goes on. All that
+    follows the prompt, the environment's tokens too, must fit into `rollout.max_response_tokens`, and all its images
+    into `rollout.max_images`. 1: every response is judged by itself, in a process without a tokenizer. RLVR, curation
+    and `jobs/evaluate.py` with `by=verifier` play episodes; the stage that evaluates asks for single responses."""
     timeout_s: float = Field(default=30.0, gt=0)
     """Seconds a group of rollouts may take to be judged; then the process is replaced and the group judged again,
     response by response, each with this limit and worth 0 beyond it. Rules take milliseconds."""

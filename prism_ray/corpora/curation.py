@@ -50,7 +50,7 @@ def statistics_of(group: Group, position: int) -> dict[str, Any]:
         "pass_rate": right / len(parts) if parts else None,
         "accuracy": _mean(accuracy),
         "format": _mean([part["format"] for part in parts]),
-        "tokens": _mean([len(rollout.token_ids) for rollout in group.rollouts]),
+        "tokens": _mean([rollout.sampled for rollout in group.rollouts]),
         "cut": _mean([rollout.finish_reason == "length" for rollout in group.rollouts]),
     }
 

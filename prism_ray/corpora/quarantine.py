@@ -9,41 +9,54 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_ray.corpora.reader import CorpusError
+from prism_ray.corpora.files import CorpusError
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A bad row: where it lies, the short reason it is counted by, and what is particular to it."""
+    """A bad row: where it lies, the short reason it is counted by, and what is particular to it.
+
+    `unit` is what `row` counts: rows of the file, or of JSON the byte where the row begins (`tail -c +N file | head -1`
+    shows the row at byte N - 1).
+    """
 
     file: str
     row: int
     reason: str
     detail: str = ""
+    unit: str = "row"
 
 
-_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
+_SCHEMA = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for name in Quarantined.__annotations__])
 
 
 class Quarantine:
-    """Collects the bad rows of a corpus of `rows` rows; more than `max_share` of them is an error.
+    """Collects the bad rows of a corpus of (about) `rows` rows; more than `max_share` of them is an error.
 
     A row counts once, however often it returns.
     """
 
     def __init__(self, name: str, rows: int, max_share: float) -> None:
         self.name = name
-        self.limit = max_share * rows
         self.rows = rows
         self.max_share = max_share
         self._bad: dict[tuple[str, int], Quarantined] = {}
 
     def add(self, bad: list[Quarantined]) -> None:
         """Take in bad rows; raises `CorpusError` once there are too many."""
+        self.note(bad)
+        if self.too_many:
+            raise CorpusError(self.verdict())
+
+    def note(self, bad: list[Quarantined]) -> None:
+        """Take in bad rows, however many there are."""
         for item in bad:
             self._bad.setdefault((item.file, item.row), item)
-        if len(self._bad) > self.limit:
-            raise CorpusError(self.verdict())
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run must stop."""
+        return len(self._bad) > self.max_share * self.rows
 
     def verdict(self) -> str:
         """The sentence that says there are too many."""
@@ -51,7 +64,7 @@ class Quarantine:
         example = next(iter(self._bad.values()))
         return (
             f"{self.name}: more than {self.max_share:.1%} of its {self.rows} rows cannot be used ({worst}; for example "
-            f"row {example.row} of {example.file}); repair them or raise corpora.max_bad_share"
+            f"{example.unit} {example.row} of {example.file}); repair them or raise corpora.max_bad_share"
         )
 
     @property
@@ -71,7 +84,7 @@ class Quarantine:
         """Write (or complete) `quarantine.parquet`; nothing is written where there is nothing to say."""
         if not self._bad:
             return
-        kept = [] if not path.exists() else pq.read_table(path, schema=_SCHEMA).to_pylist()
+        kept = pq.read_table(path).to_pylist() if path.exists() else []
         merged = {(item["file"], item["row"]): item for item in kept}
         merged |= {key: asdict(item) for key, item in self._bad.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Parquet files, the order in which their rows are read, and the Ray Data pipeline that reads them.
+"""A corpus as fragments of files, the order in which their rows are read, and the Ray Data pipeline that reads them.
 
 The order is a pure function of the files and a seed, so a position (an integer that counts rows through the epochs)
 is all there is to save: whoever resumes reads on from there, without reading what came before. Ray Data has no such
@@ -7,39 +7,38 @@ state of its own.
 
 from __future__ import annotations
 
-import glob
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
-from pyarrow import fs
 
-from prism_ray.config.corpora import CorporaSettings
-from prism_ray.corpora.rows import COLUMNS, REQUIRED_COLUMNS
+from prism_ray.config.corpora import CorporaSettings, Format, SourceSettings
+from prism_ray.corpora.files import CorpusError, Fragment, Source, find_files
+from prism_ray.corpora.jsonlines import count_rows, json_fragments, json_rows
+from prism_ray.corpora.layouts import columns_to_read, missing, published
+from prism_ray.corpora.parquet import parquet_fragments, table_of
+from prism_ray.corpora.rows import COLUMNS, REQUIRED_COLUMNS, BadRow, prompt_from_row
+from prism_ray.records import Prompt
 
+MAX_JSON_MB = CorporaSettings().max_json_mb
+FOLDER = "folder"
+UNIT = "unit"
+"""Where `read_piece` puts the folder that a row's image paths start in, and what its place in the file counts."""
 
-class CorpusError(ValueError):
-    """A corpus that cannot be read, in one sentence that names the file and the cure."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A row group of a file: what is read at once. `first` is the position of its first row in the file."""
-
-    file: str
-    group: int
-    first: int
-    rows: int
+_TAKEN = 64
+"""Rows that are made Python objects at once."""
+_SAMPLED = 4
+"""Fragments that an estimate of the number of rows is made from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,123 +51,190 @@ class Piece:
     position: int
 
 
-def find_fragments(paths: Sequence[str | Path], columns: Sequence[str] = REQUIRED_COLUMNS) -> list[Fragment]:
-    """The row groups of Parquet files, folders of them or glob patterns; only the files' footers are read.
+def find_fragments(
+    sources: Sequence[Source], columns: Sequence[str] = REQUIRED_COLUMNS, max_json_mb: float = MAX_JSON_MB
+) -> list[Fragment]:
+    """The fragments of files, folders of them or glob patterns. Of Parquet only the footers are read, of JSON Lines
+    only the first row; a `.json` array, of at most `max_json_mb`, is gone through.
 
-    Raises `CorpusError` for a file that is missing, not Parquet, truncated, empty or without the named columns.
+    Raises `CorpusError` for a file that is missing, of another format, truncated, empty or without the named columns.
     """
-    return [fragment for file in _files(paths) for fragment in _footer(file, tuple(columns))]
+    return [
+        fragment
+        for file, kind, source in find_files(sources)
+        for fragment in _fragments(file, kind, source, tuple(columns), max_json_mb)
+    ]
 
 
-def _files(paths: Sequence[str | Path]) -> list[str]:
-    files: list[str] = []
-    for path in map(str, paths):
-        if "://" in path or Path(path).is_file():
-            found = [path]
-        elif Path(path).is_dir():
-            found = sorted(str(p) for p in Path(path).rglob("*.parquet"))
-        else:
-            found = sorted(glob.glob(path, recursive=True))
-        if not found:
-            raise CorpusError(f"{path}: no Parquet file there; correct the path, or make the corpus first")
-        files += found
-    if not files:
-        raise CorpusError("no corpus given; name at least one Parquet file")
-    return files
+def _fragments(
+    file: str, kind: Format, source: SourceSettings, columns: Sequence[str], max_json_mb: float
+) -> list[Fragment]:
+    if kind == "parquet":
+        found, names = parquet_fragments(file, source)
+    else:
+        found = json_fragments(file, source, kind == "json", max_json_mb)
+        first = next(json_rows(found[0], [0]))[1] if count_rows(found[0]) else None
+        names = list(first) if isinstance(first, dict) else None
+    if names is not None and (absent := missing(columns, names, source)):
+        raise CorpusError(
+            f"{file}: no column {', '.join(absent)} (it has {', '.join(names)}); say which of them it is in `columns`"
+        )
+    return found
 
 
-def _open(file: str) -> pq.ParquetFile:
-    if "://" not in file:
-        return pq.ParquetFile(file, memory_map=True)
-    system, path = fs.FileSystem.from_uri(file)
-    return pq.ParquetFile(system.open_input_file(path))
+def rows_of(fragment: Fragment) -> int:
+    """Rows of a fragment, counted if nobody has."""
+    return count_rows(fragment) if fragment.rows is None else fragment.rows
 
 
-def _footer(file: str, columns: Sequence[str]) -> list[Fragment]:
-    try:
-        with _open(file) as parquet:
-            names, meta = parquet.schema_arrow.names, parquet.metadata
-    except FileNotFoundError as error:
-        raise CorpusError(f"{file}: no such file; correct the path, or make the corpus first") from error
-    except (pa.ArrowException, OSError) as error:
-        cause = str(error).split("\n")[0].rstrip(".")
-        raise CorpusError(f"{file}: not a readable Parquet file ({cause}); download or write it again") from error
-    missing = [c for c in columns if c not in names]
-    if missing:
-        wanted = ", ".join(missing)
-        raise CorpusError(f"{file}: no column {wanted} (it has {', '.join(names)}); rename the columns as published")
-    counts = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-    if not sum(counts):
-        raise CorpusError(f"{file}: no rows; write the corpus again")
-    firsts = np.cumsum([0, *counts])
-    return [Fragment(file, i, int(firsts[i]), n) for i, n in enumerate(counts) if n]
+def counted(fragments: Sequence[Fragment]) -> list[Fragment]:
+    """Fragments whose rows are all known; files of JSON Lines are read for it."""
+    return [replace(fragment, rows=rows_of(fragment)) for fragment in fragments]
 
 
 class RowOrder:
     """The endless order of a corpus's rows: in every epoch each row once, fragments and the rows in them shuffled.
 
-    Deterministic in `seed`; position p is row p % rows of epoch p // rows.
+    Deterministic in `seed`; position p is row p % rows of epoch p // rows. Rows of a fragment that nobody has counted
+    are counted when the order comes to it, so reading begins at once wherever it stands.
     """
 
-    def __init__(self, fragments: Sequence[Fragment], seed: int) -> None:
+    def __init__(self, fragments: Sequence[Fragment], seed: int, counts: Sequence[int | None] = ()) -> None:
         self.fragments = list(fragments)
         self.seed = seed
-        self.rows = sum(f.rows for f in self.fragments)
-        """Rows of one epoch."""
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+        self._counts = list(counts) or [f.rows for f in self.fragments]
+        self._total: int | None = None
+        self._epoch = lru_cache(maxsize=2)(self._begun)
         self._inside = lru_cache(maxsize=4)(self._permuted)
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch; every fragment is counted for it."""
+        if self._total is None:
+            self._total = sum(self._count(i) for i in range(len(self.fragments)))
+            if not self._total:
+                raise CorpusError(f"{self.fragments[0].file}: no rows; write the corpus again")
+        return self._total
+
+    @property
+    def about(self) -> int:
+        """About the rows of one epoch: exact where it costs nothing, else from the first fragments in the order. The
+        same whenever it is asked."""
+        known = [f.rows for f in self.fragments if f.rows is not None]
+        uncounted = [i for i in self._epoch(0)[0] if self.fragments[i].rows is None]
+        seen, looked = 0, 0
+        for number, index in enumerate(uncounted):
+            if seen and number >= _SAMPLED:
+                break
+            seen += self._count(index)
+            looked += _bytes(self.fragments[index])
+        whole = sum(_bytes(self.fragments[i]) for i in uncounted)
+        return max(1, sum(known) + (round(seen * whole / looked) if looked else 0))
+
+    def first(self, count: int) -> int:
+        """`count`, or the rows of one epoch if it has fewer; counts no more than it takes."""
+        ends = self._reach(0, count - 1) if count > 0 else []
+        return min(count, ends[-1] if ends else 0)
+
+    def count_to(self, stop: int) -> None:
+        """Count what positions below `stop` take, so that whoever gets a copy of this order has not to."""
+        self.pieces(max(stop - 1, 0), stop)
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """Where the rows at positions start … stop-1 lie, in order."""
         pieces: list[Piece] = []
         while start < stop:
-            epoch, row = divmod(start, self.rows)
-            order, ends = self._epoch(epoch)
-            place = int(np.searchsorted(ends, row, side="right"))
-            index = int(order[place])
-            first = row - (int(ends[place]) - self.fragments[index].rows)
-            count = min(stop - start, int(ends[place]) - row)
+            epoch, row = self._split(start)
+            order, _ = self._epoch(epoch)
+            ends = self._reach(epoch, row)
+            place = bisect_right(ends, row)
+            index = order[place]
+            first = row - (ends[place] - self._count(index))
+            count = min(stop - start, ends[place] - row)
             pieces.append(Piece(self.fragments[index], self._inside(epoch, index)[first : first + count], start))
             start += count
         return pieces
 
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, position: int) -> tuple[int, int]:
+        """Epoch and row of a position."""
+        if self._total is None and self._reach(0, position)[-1] > position:
+            return 0, position
+        return divmod(position, self.rows)
+
+    def _begun(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The fragments of an epoch in order, and how many rows end with each of those that were reached."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.fragments))
-        return order, np.cumsum([self.fragments[i].rows for i in order])
+        return order.tolist(), []
+
+    def _reach(self, epoch: int, row: int) -> list[int]:
+        """The rows that end with each fragment of an epoch, up to the one that holds `row` or to the last."""
+        order, ends = self._epoch(epoch)
+        while len(ends) < len(order) and not (ends and ends[-1] > row):
+            ends.append((ends[-1] if ends else 0) + self._count(order[len(ends)]))
+        return ends
+
+    def _count(self, index: int) -> int:
+        count = self._counts[index]
+        if count is None:
+            count = self._counts[index] = count_rows(self.fragments[index])
+        return count
 
     def _permuted(self, epoch: int, index: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, index]).permutation(self.fragments[index].rows)
+        return np.random.default_rng([self.seed, epoch, index]).permutation(self._count(index))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"fragments": self.fragments, "seed": self.seed}
+        return {"fragments": self.fragments, "seed": self.seed, "counts": self._counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
 
-def read_piece(piece: Piece, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The rows of a piece: position in the stream, row in the file, and those of `columns` that the file has.
+def _bytes(fragment: Fragment) -> int:
+    return fragment.stop - fragment.first
+
+
+def read_piece(piece: Piece, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
+    """The rows of a piece: position in the stream, row in the file (of JSON the byte where it begins), and those of
+    `columns` that the file has, with `folder` where image paths start; a row that cannot be read is a `BadRow`.
 
     Raises `CorpusError` where the file is damaged inside.
     """
-    table = _table(piece.fragment, tuple(columns))
-    for start in range(0, len(piece.rows), 64):
-        rows = piece.rows[start : start + 64]
-        for offset, row in enumerate(table.take(pa.array(rows)).to_pylist()):
-            yield piece.position + start + offset, piece.fragment.first + int(rows[offset]), row
+    fragment = piece.fragment
+    for number, (place, raw) in enumerate(_raw_rows(piece, columns)):
+        yield piece.position + number, place, _published(raw, fragment)
 
 
-@lru_cache(maxsize=2)
-def _table(fragment: Fragment, columns: tuple[str, ...]) -> pa.Table:
-    """A fragment's table; a reading task takes several pieces of the same fragment one after the other."""
+def _raw_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    fragment = piece.fragment
+    if fragment.format != "parquet":
+        yield from json_rows(fragment, piece.rows.tolist())
+        return
+    table = table_of(fragment, columns_to_read(columns, fragment.source))
+    for start in range(0, len(piece.rows), _TAKEN):
+        rows = piece.rows[start : start + _TAKEN]
+        taken = table.take(pa.array(rows)).to_pylist()
+        yield from ((fragment.first + int(row), raw) for row, raw in zip(rows, taken, strict=True))
+
+
+def _published(raw: dict[str, Any] | BadRow, fragment: Fragment) -> dict[str, Any] | BadRow:
     try:
-        with _open(fragment.file) as parquet:
-            held = [c for c in columns if c in parquet.schema_arrow.names]
-            return parquet.read_row_group(fragment.group, columns=held, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        cause = str(error).split("\n")[0].rstrip(".")
-        where = f"{fragment.file}: row group {fragment.group}"
-        raise CorpusError(f"{where} is damaged ({cause}); download or write the file again") from error
+        if isinstance(raw, BadRow):
+            raise raw
+        return published(raw, fragment.source) | {FOLDER: fragment.folder, UNIT: fragment.unit}
+    except BadRow as bad:
+        bad.unit = fragment.unit
+        return bad
+
+
+def unit_of(row: dict[str, Any] | BadRow) -> str:
+    """What the place of a row that `read_piece` gave counts."""
+    return row.unit if isinstance(row, BadRow) else row.get(UNIT, "row")
+
+
+def prompt_at(file: str, place: int, row: dict[str, Any] | BadRow) -> Prompt:
+    """The prompt of a row that `read_piece` gave. Raises `BadRow`."""
+    folder = None if isinstance(row, BadRow) else row.get(FOLDER)
+    return prompt_from_row(row, default_id=f"{Path(file).stem}:{place}", folder=folder)
 
 
 def prepared(
@@ -188,14 +254,25 @@ def prepared(
         while True:
             window = list(islice(remaining, settings.readers))
             coming: Future[list[Any]] | None = thread.submit(_execute, window, work, settings) if window else None
-            for ref in ahead.result() if ahead is not None else []:
-                table: Any = ray.get(ref)
+            for ref in _within(settings.timeout_s, ahead.result) if ahead is not None else []:
+                table: Any = _within(settings.timeout_s, partial(ray.get, ref))
                 yield from table.to_pylist()
             if coming is None:
                 return
             ahead = coming
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _within(limit_s: float, wait: Callable[..., Any]) -> Any:
+    """What `wait(timeout=…)` returns; TimeoutError says what did not come."""
+    try:
+        return wait(timeout=limit_s)
+    except TimeoutError:
+        raise TimeoutError(
+            f"waited {limit_s:g} s for Ray Data to read rows (corpora.timeout_s); does the cluster have "
+            "corpora.reader_cpus to spare, and is the storage reachable?"
+        ) from None
 
 
 def _execute(

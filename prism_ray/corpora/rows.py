@@ -1,17 +1,19 @@
-"""One row of the published Parquet data -> `Prompt`.
+"""One row with the published columns -> `Prompt`.
 
 The columns (PRISM, arXiv 2604.28123): `prompt` chat list, `images` list of encoded bytes or `struct<bytes, path>`,
 `teacher_caption`, `teacher_cot`, `teacher_response` with or without the format's tags, `answer`,
-`reward_model` struct with `ground_truth`, `extra_info` JSON or struct, `data_source`. Only `prompt` is required.
+`reward_model` struct with `ground_truth` and `equivalent_answers`, `extra_info` JSON or struct, `data_source`. Only
+`prompt` is required. `student_response` is the other side of a warm-up pair. `layouts.py` makes these of other rows.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -31,14 +33,20 @@ COLUMNS = (
     "reward_model",
     "extra_info",
 )
-"""Every column that is read; others are left on disk."""
+"""The columns that a prompt is made of."""
+STUDENT = "student_response"
+"""Where `Prompt.extra` keeps the student's side of a warm-up pair."""
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Largest image file that is read: what a path names may be anything."""
 
 MARKER = "<image>"
 
 
 class BadRow(ValueError):
     """A row that cannot be used. `reason` names the column and what is wrong with it, and is short, so that rows can
-    be counted by it; `detail` is what is particular to this row."""
+    be counted by it; `detail` is what is particular to this row, `unit` what its place in the file counts."""
+
+    unit = "row"
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -46,11 +54,14 @@ class BadRow(ValueError):
         self.detail = detail
 
 
-def prompt_from_row(row: Mapping[str, Any], default_id: str = "", folder: Path | None = None) -> Prompt:
-    """The prompt of a row; `default_id` names it if the row does not, `folder` is where relative image paths start.
+def prompt_from_row(row: Mapping[str, Any] | BadRow, default_id: str = "", folder: Path | None = None) -> Prompt:
+    """The prompt of a row; `default_id` names it if the row does not, `folder` is where relative image paths start and
+    what they may not lead out of (None: no image may be given by its path).
 
-    Raises `BadRow`.
+    Raises `BadRow`; a row that could not even be read comes as one.
     """
+    if isinstance(row, BadRow):
+        raise row
     extra = _extra(row.get("extra_info"))
     messages = _messages(row.get("prompt"))
     images = _images(row.get("images"), folder)
@@ -58,18 +69,29 @@ def prompt_from_row(row: Mapping[str, Any], default_id: str = "", folder: Path |
     if markers != len(images):
         raise BadRow(f"prompt: {MARKER} markers and images differ in number", f"{markers} and {len(images)}")
     return Prompt(
-        id=_text(row.get("id")) or _text(extra.get("id")) or default_id,
+        id=text_of(row.get("id")) or text_of(extra.get("id")) or default_id,
         messages=messages,
         images=images,
         reference=_reference(row),
         ground_truth=_ground_truth(row, extra),
-        data_source=_text(row.get("data_source")),
-        extra=extra,
+        data_source=text_of(row.get("data_source")),
+        extra=extra | _equivalents(row) | _student(row),
     )
 
 
+def _student(row: Mapping[str, Any]) -> dict[str, str]:
+    return {STUDENT: text_of(row[STUDENT])} if row.get(STUDENT) else {}
+
+
+def _equivalents(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Answers as right as the ground truth, where verifiers look for them."""
+    model = row.get("reward_model")
+    found = model.get("equivalent_answers") if isinstance(model, Mapping) else None
+    return {"equivalent_answers": [text_of(answer) for answer in found]} if is_list(found) and len(found) else {}
+
+
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    if not _is_list(value) or len(value) == 0:
+    if not is_list(value) or len(value) == 0:
         raise BadRow("prompt: not a list of chat turns")
     turns = []
     for turn in value:
@@ -84,16 +106,16 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
 def _content(value: Any) -> str:
     """A content as text; lists of typed parts become text with `<image>` markers."""
     if isinstance(value, str):
-        return value
-    if not _is_list(value) or not all(isinstance(part, Mapping) for part in value):
+        return text_of(value)
+    if not is_list(value) or not all(isinstance(part, Mapping) for part in value):
         raise BadRow("prompt: a chat turn whose content is not text")
-    return "".join(MARKER if part.get("type") == "image" else _text(part.get("text")) for part in value)
+    return "".join(MARKER if part.get("type") == "image" else text_of(part.get("text")) for part in value)
 
 
 def _images(value: Any, folder: Path | None) -> tuple[bytes, ...]:
     if value is None:
         return ()
-    if not _is_list(value):
+    if not is_list(value):
         raise BadRow("images: not a list")
     return tuple(_image(item, folder) for item in value)
 
@@ -104,12 +126,36 @@ def _image(item: Any, folder: Path | None) -> bytes:
         data, path = None, data
     if isinstance(data, bytes) and data:
         return data
-    if not path:
+    if not path or not isinstance(path, str):
         raise BadRow("images: an image with neither bytes nor path")
+    return _decoded(path) if path.startswith("data:") else _read(path, folder)
+
+
+def _decoded(uri: str) -> bytes:
     try:
-        return ((folder or Path()) / path).read_bytes()
-    except OSError as error:
-        raise BadRow("images: a file that cannot be read", f"{path}: {error.strerror}") from error
+        return base64.b64decode(uri.partition(";base64,")[2], validate=True)
+    except ValueError as error:
+        raise BadRow("images: a data URI that is not base64", str(error)) from error
+
+
+def _read(path: str, folder: Path | None) -> bytes:
+    """The file at a path of the corpus. A corpus comes from elsewhere: it may not name files that are none of its."""
+    if folder is None:
+        raise BadRow("images: a path, but the corpus has no folder here", path)
+    try:
+        place = (folder / path).resolve()
+        if not place.is_relative_to(folder.resolve()):
+            raise BadRow("images: a path that leads out of the corpus's folder", path)
+        if place.exists() and not place.is_file():
+            raise BadRow("images: a path that is no file", path)
+        if place.stat().st_size > MAX_IMAGE_BYTES:
+            raise BadRow("images: a file that is too large", f"{path}: {place.stat().st_size} bytes")
+        return place.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadRow):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadRow("images: a file that cannot be read", f"{path}: {reason}") from error
 
 
 def _reference(row: Mapping[str, Any]) -> str:
@@ -117,13 +163,14 @@ def _reference(row: Mapping[str, Any]) -> str:
 
     What cannot be put together is returned as it stands; whoever requires a reference checks that it parses.
     """
-    whole = _text(row.get("teacher_response"))
+    whole = text_of(row.get("teacher_response"))
     if parse(whole).valid:
         return whole
-    cot = _text(row.get("teacher_cot"))
-    caption = _inner("caption", _text(row.get("teacher_caption"))) or _inner("caption", whole, required=True)
+    cot = text_of(row.get("teacher_cot"))
+    caption = _inner("caption", text_of(row.get("teacher_caption"))) or _inner("caption", whole, required=True)
     think = _inner("think", cot) or _inner("think", whole, required=True)
-    answer = _inner("answer", cot, required=True) or _inner("answer", whole, required=True) or _text(row.get("answer"))
+    answer = _inner("answer", cot, required=True) or _inner("answer", whole, required=True)
+    answer = answer or text_of(row.get("answer"))
     if not (caption and think and answer):
         return whole
     try:
@@ -147,7 +194,7 @@ def _ground_truth(row: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     if model is not None and not isinstance(model, Mapping):
         raise BadRow("reward_model: not a struct")
     candidates = ((model or {}).get("ground_truth"), row.get("answer"), extra.get("answer"))
-    return next((_text(c) for c in candidates if c is not None and _text(c)), "")
+    return next((text_of(c) for c in candidates if c is not None and text_of(c)), "")
 
 
 def _extra(value: Any) -> dict[str, Any]:
@@ -167,11 +214,14 @@ def _json(column: str, text: str) -> Any:
         raise BadRow(f"{column}: not JSON", str(error)) from error
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else str(value)
+def text_of(value: Any) -> str:
+    """A value as text, None as "". Half of a surrogate pair, which JSON can spell, is not text: raises `BadRow`."""
+    text = "" if value is None else value if isinstance(value, str) else str(value)
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise BadRow("text: half of a surrogate pair", repr(text[:40]))
+    return text
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list, as JSON, Arrow or numpy have it."""
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)

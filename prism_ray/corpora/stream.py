@@ -2,41 +2,52 @@
 
 Ray Data runs inside an actor, so the loop's event loop never waits for it; prompts come back as the actor's return
 values, which the loop owns, so they outlive the actor. The actor keeps no state that matters: it is told the position
-to read from, and one that was killed is started again by Ray and goes on there.
+to read from, and one that was killed is started again by Ray and goes on there; one that hangs is replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import pickle
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
+from ray.exceptions import RayActorError
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
+from prism_ray.corpora.files import Source, names_of
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, read_piece, reading_error
-from prism_ray.corpora.rows import BadRow, prompt_from_row
+from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, prompt_at, read_piece, reading_error
+from prism_ray.corpora.rows import BadRow
 from prism_ray.records import Prompt
+
+RESTARTS = 3
+"""How often Ray starts a reader that died again: it keeps nothing, so the fault is hardly in what it was doing."""
+HEALTH_S = 30.0
+"""A reader that keeps somebody waiting for so long is asked whether it lives, and may take as long again to say so."""
+
+log = logging.getLogger(__name__)
 
 
 def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
     """The prompts of a piece with their positions; rows that cannot be used come as what goes into quarantine."""
     file = piece.fragment.file
-    folder = None if "://" in file else Path(file).parent
     for position, row, columns in read_piece(piece):
         try:
-            prompt = prompt_from_row(columns, default_id=f"{Path(file).stem}:{row}", folder=folder)
+            prompt = prompt_at(file, row, columns)
             check(prompt, needs)
-            yield position, prompt
+            yield position, prompt if needs.fit is None else needs.fit(prompt)
         except BadRow as bad:
-            yield position, Quarantined(file, row, bad.reason, bad.detail)
+            yield position, Quarantined(file, row, bad.reason, bad.detail, piece.fragment.unit)
 
 
 @dataclass(frozen=True)
@@ -61,13 +72,18 @@ class PromptReader:
         self._order = order
         self._needs = needs
         self._settings = settings
-        self._bad = Quarantine(name, order.rows, settings.max_bad_share)
+        self._bad = Quarantine(name, order.about, settings.max_bad_share)
         self._quarantine = quarantine
         self._position = -1
         self._rows: Iterator[tuple[int, Prompt | Quarantined]] = iter(())
 
+    @ray.method(concurrency_group="health")
+    def alive(self) -> None:
+        """Answers, also while it reads."""
+
     def next(self, position: int, count: int) -> tuple[Any, ...]:
-        """The next `count` usable prompts from `position` on: first a list of (id, position), then the prompts."""
+        """The next `count` usable prompts from `position` on: first the process's number, a list of (id, position) and
+        what is to be said of bad rows ("" if there are none), then the prompts."""
         if position != self._position:
             self._rows = self._read(position)
         prompts: list[Prompt] = []
@@ -89,47 +105,57 @@ class PromptReader:
         finally:
             if self._quarantine is not None and len(self._bad) > known:
                 self._bad.write(self._quarantine)
-        return places, *prompts
+        return (os.getpid(), places, self._bad.summary() if len(self._bad) else ""), *prompts
 
     def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
         """Endless."""
-        step = self._settings.rows_per_task
-        tasks = ({"start": start, "stop": start + step} for start in count(position, step))
-        for row in prepared(tasks, _Reading(self._order, self._needs), self._settings):
+        for row in prepared(self._tasks(position), _Reading(self._order, self._needs), self._settings):
             yield row["position"], pickle.loads(row["item"])
+
+    def _tasks(self, position: int) -> Iterator[dict[str, int]]:
+        for start in count(position, self._settings.rows_per_task):
+            stop = start + self._settings.rows_per_task
+            self._order.count_to(stop)
+            yield {"start": start, "stop": stop}
 
 
 class PromptStream:
-    """Fulfils `runtime.protocols.Prompts` over Parquet files.
+    """Fulfils `runtime.protocols.Prompts` over files of any known format.
 
     Endless, epoch after epoch, in an order that depends on the files and `seed` alone. `position` is the place of the
     next row (epoch times rows of the corpus plus row); a stream made with it yields exactly what remained. Rows that
-    cannot be used are skipped, written to `quarantine` and counted; too many of them, or a damaged file, make `take`
-    raise `CorpusError`. Files are looked at (footers only) when the stream is made, so that a missing one fails early.
+    cannot be used are skipped, written to `quarantine` and counted (`shutdown` logs how many, by reason); too many of
+    them, or a damaged file, make `take` raise `CorpusError`. Files are looked at (footers only) when the stream is
+    made, so that a missing one fails early.
     """
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        sources: Sequence[Source],
         needs: Requirements,
         settings: CorporaSettings,
         seed: int,
         position: int = 0,
         quarantine: Path | None = None,
     ) -> None:
-        order = RowOrder(find_fragments(paths), seed)
-        self.rows = order.rows
-        """Rows of one epoch."""
+        self.order = RowOrder(find_fragments(sources, max_json_mb=settings.max_json_mb), seed)
         self.position = position
         self._requested = position
         self._chunk = max(1, settings.look_ahead // 2)  # one half is handed out while the other is read
         self._ready: deque[tuple[str, int, Any]] = deque()
         self._pending: list[ray.ObjectRef] | None = None
         self._lock = asyncio.Lock()
-        actor = ray.remote(PromptReader).options(num_cpus=0, max_restarts=3, max_task_retries=3)
-        self._name, self._timeout_s = ", ".join(map(str, paths)), settings.timeout_s
-        self._reader: Any = actor.remote(order, needs, settings, self._name, quarantine)
+        self._bad = ""
+        self._name, self._timeout_s = names_of(sources), settings.timeout_s
+        self._start = lambda: _READER.remote(self.order, needs, settings, self._name, quarantine)
+        self._reader: Any = self._start()
+        self._process: int | None = None
         self._request()
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch; of JSON Lines they are counted for it."""
+        return self.order.rows
 
     async def take(self) -> tuple[str, int, Any]:
         """The next prompt: its id, its position and an `ObjectRef` of the `Prompt`."""
@@ -142,6 +168,8 @@ class PromptStream:
 
     def shutdown(self) -> None:
         """Stop reading."""
+        if self._bad:
+            log.warning("%s", self._bad)
         ray.kill(self._reader)
 
     def _request(self) -> None:
@@ -149,17 +177,61 @@ class PromptStream:
         self._pending = method.remote(self._requested, self._chunk)
 
     async def _receive(self) -> None:
-        assert self._pending is not None
-        places_ref, *refs = self._pending
-        try:
-            places = await asyncio.wait_for(asyncio.wrap_future(places_ref.future()), self._timeout_s)
-        except TimeoutError:
-            raise TimeoutError(
-                f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "
-                "corpora.reader_cpus to spare, and is the storage reachable?"
-            ) from None
-        except Exception as error:
-            raise reading_error(error) or error from None
+        for _ in range(RESTARTS + 1):
+            if (answer := await self._answer()) is not None:
+                break
+            log.warning("the reader of %s hangs; another one goes on from position %d", self._name, self._requested)
+            ray.kill(self._reader)
+            self._reader, self._process = self._start(), None
+            self._request()
+        else:
+            raise RuntimeError(f"the reader of {self._name} hung {RESTARTS + 1} times; its worker's log may say why")
+        (process, places, self._bad), refs = answer
+        if self._process not in (None, process):
+            log.warning("the reader of %s died; another one went on from position %d", self._name, self._requested)
+        self._process = process
         self._ready.extend((i, place, ref) for (i, place), ref in zip(places, refs, strict=True))
         self._requested = places[-1][1] + 1
         self._request()
+
+    async def _answer(self) -> tuple[tuple[int, list[tuple[str, int]], str], list[Any]] | None:
+        """What `PromptReader.next` says of the prompts asked for, and references to them; None if the reader hangs."""
+        assert self._pending is not None
+        said, *refs = self._pending
+        coming, deadline = asyncio.wrap_future(said.future()), time.monotonic() + self._timeout_s
+        try:
+            while not (await asyncio.wait({coming}, timeout=min(HEALTH_S, self._timeout_s)))[0]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"waited {self._timeout_s:.0f} s for prompts of {self._name}; does the cluster have "
+                        "corpora.reader_cpus to spare, and is the storage reachable?"
+                    )
+                if not await self._lives():
+                    return None
+            return coming.result(), refs
+        except RayActorError as error:
+            raise RuntimeError(
+                f"the reader of {self._name} died more than {RESTARTS} times; its worker's log says why"
+            ) from error
+        except Exception as error:
+            raise reading_error(error) or error from None
+        finally:
+            coming.cancel()
+
+    async def _lives(self) -> bool:
+        """Whether it answers, which it does in a thread of its own; one that is only being started counts as alive."""
+        if self._process is None:
+            return True
+        alive = asyncio.wrap_future(self._reader.alive.remote().future())
+        try:
+            await asyncio.wait({alive}, timeout=HEALTH_S)
+            if alive.done():
+                alive.exception()  # whoever waits for the prompts meets it, too
+            return alive.done()
+        finally:
+            alive.cancel()
+
+
+_READER: Any = cast(Any, ray.remote)(
+    num_cpus=0, max_restarts=RESTARTS, max_task_retries=RESTARTS, concurrency_groups={"health": 1}
+)(PromptReader)

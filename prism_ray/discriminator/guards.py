@@ -74,16 +74,20 @@ class Alarms:
         self.settings = settings
         self._watches = {f"{name}/{view}": _Watch() for name in ALARMS for view in views}
         self._courses = {view: _Course(settings.patience) for view in views}
+        self.begun: set[str] = set()
+        """The remedies of the alarms that began with the last update."""
 
     def update(self, metrics: Mapping[str, float]) -> list[str]:
         """Take the figures of a step; returns a sentence for every alarm that begins or ends with it."""
         sentences = []
+        self.begun = set()
         for view in self._courses:
             for name, (figure, called) in self._calls(view, metrics).items():
                 watch = self._watches[f"{name}/{view}"]
                 watch.against = watch.against + 1 if called != watch.rings else 0
                 if watch.against >= self.settings.patience:
                     watch.rings, watch.against = called, 0
+                    self.begun |= {self.settings.remedy(name)} if called else set()
                     sentences.append(self._sentence(name, view, figure, called))
         return sentences
 
@@ -138,6 +142,13 @@ class Alarms:
         said = f"discriminator alarm {name} ({view}) {'begins' if begins else 'ends'}: {what} {figure:.3f}"
         cure = "" if remedy == "none" else f"; remedy {remedy} {'starts' if begins else 'stops'}"
         return f"{said} for {self.settings.patience} steps{cure}"
+
+
+def frozen_views(metrics: Mapping[str, float], settings: GuardSettings) -> set[str]:
+    """The views that an alarm with the remedy `freeze_policy` rings for, from the metrics of a step."""
+    names = [name for name in ALARMS if settings.remedy(name) == "freeze_policy"]
+    prefixes = tuple(f"discriminator/alarm/{name}/" for name in names)
+    return {key.rsplit("/", 1)[1] for key, rings in metrics.items() if rings and key.startswith(prefixes)}
 
 
 def gate_weight(accuracy: float, settings: GateSettings) -> float:

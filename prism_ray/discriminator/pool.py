@@ -28,7 +28,7 @@ from prism_ray.discriminator.group import (
     scorer_maker,
     split_groups,
 )
-from prism_ray.discriminator.guards import Gate, Truth
+from prism_ray.discriminator.guards import Gate, Truth, frozen_views
 from prism_ray.discriminator.probes import Examination
 from prism_ray.discriminator.worker import Said
 from prism_ray.records import Group, Ticket
@@ -57,6 +57,7 @@ class DiscriminatorPool:
         self.version = 0
         self._trainer, self._scorers = trainer, scorers
         self._gate = Gate(settings.gate, settings.view_names) if settings.gate else None
+        self._frozen: set[str] = set()
         self._waiting: list[Job] = []
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
@@ -166,7 +167,7 @@ class DiscriminatorPool:
             _settle(future, result)
 
     async def _judge(self, seat: Seat, tickets: list[Ticket]) -> list[Ticket]:
-        gate = self._gate.weights() if self._gate else {}
+        gate = (self._gate.weights() if self._gate else {}) | dict.fromkeys(self._frozen, 0.0)
         call = seat.actor.judge.options(num_returns=len(tickets) + 1)
         ref, *groups = call.remote(gate, *[t.ref for t in tickets])
         what = f"judge group {', '.join(str(t.id) for t in tickets)}"
@@ -226,6 +227,7 @@ class DiscriminatorPool:
         metrics, notices = await self._learn(ids, tokens, [t.ref for t in tickets], False, ratios)
         for sentence in notices:
             log.warning("policy version %d: %s", version, sentence)
+        self._frozen = frozen_views(metrics, self.settings.guard)
         return metrics | (self._gate.metrics() if self._gate else {}) | self._load.metrics()
 
     async def warm_up(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -290,14 +292,15 @@ class DiscriminatorPool:
         """Write weights, optimiser, version, replay buffer and what gate and alarms know into `folder`, for `load`."""
         gate = self._gate.state() if self._gate else None
         await self._trainer.save(folder)
-        (Path(folder) / POOL_FILE).write_text(json.dumps({"gate": gate}))
+        (Path(folder) / POOL_FILE).write_text(json.dumps({"gate": gate, "frozen": sorted(self._frozen)}))
 
     async def load(self, folder: str | Path) -> int:
         """Go on from what `save` wrote; returns the discriminator's version."""
         self.version = await self._trainer.load(folder)
-        gate = json.loads((Path(folder) / POOL_FILE).read_text())["gate"]
-        if self._gate is not None and gate is not None:
-            self._gate.restore(gate)
+        state = json.loads((Path(folder) / POOL_FILE).read_text())
+        self._frozen = set(state["frozen"])
+        if self._gate is not None and state["gate"] is not None:
+            self._gate.restore(state["gate"])
         if self._scorers is not None:
             self._scorers.forget_weights()
         self._hand_out()

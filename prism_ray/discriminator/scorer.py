@@ -114,7 +114,7 @@ def _judged(
     rows: dict[str, list[tuple[float, float, bool]]] = {view: [] for view in reference}
     for index, response in enumerate(views.rollouts):
         own = next(scores)
-        verdicts.append(_verdict(response, own, reference, settings, version))
+        verdicts.append(verdict_of(response, own, reference, settings, version))
         for view, score in own.items():
             rows[view].append((reference[view], score, views.identical(index, view)))
     tensors = {view: torch.tensor(r, dtype=torch.float32).reshape(-1, 3) for view, r in rows.items()}
@@ -132,13 +132,14 @@ def _seen(views: GroupViews) -> dict[str, list[float]]:
     return {name: values for name, values in seen.items() if values}
 
 
-def _verdict(
+def verdict_of(
     response: ResponseViews,
     own: dict[str, float],
     reference: dict[str, float],
     settings: DiscriminatorSettings,
     version: int,
 ) -> Verdict:
+    """The verdict on a response by its scores and its reference's."""
     if not response.valid:
         return Verdict(0.0, False, response.reason, judge_version=version)
     parts = {view: _sigmoid((own[view] - reference[view]) / settings.temperature) for view in own}

@@ -7,7 +7,7 @@ one and gives it its share of the groups; what they say and what alarms do is th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -63,9 +63,14 @@ class DiscriminatorTrainer:
         version: int = 0,
         seed: int = 0,
         truth: Truth | None = None,
+        warmed_up: Callable[[], Discriminator] | None = None,
     ) -> None:
         """`total_steps` is what a cosine schedule needs, `seed` decides what is replayed; `truth` tells what is right
-        in a response, so that scores can be compared with it. A process group must exist (learner/engine.py)."""
+        in a response, so that scores can be compared with it; `warmed_up` loads what training began with, for the
+        remedy `restore`. A process group must exist (learner/engine.py)."""
+        if warmed_up is None and settings.guard.may("restore"):
+            raise ValueError("discriminator.guard asks for the remedy restore; say how to load what it restores")
+        self._warmed_up, self._total_steps = warmed_up, total_steps
         self.model = model
         self.encoder = encoder
         self.settings = settings
@@ -104,7 +109,7 @@ class DiscriminatorTrainer:
         turns = 1 if warming else self.settings.updates_per_step
         updates = [self._update(cut, turn, warming, ratios) for turn in range(turns)]
         replaying = not warming and self._share > 0
-        if not warming and (self._share or self.settings.guard.may_replay):
+        if not warming and (self._share or self.settings.guard.may("raise_replay")):
             self.replay.add([_with(views.group, valid_rollouts(views)) for views in cut])
         seen = [] if warming or self.truth is None else [told(g, self.truth) for g in groups]
         parts = _over_ranks((updates[0][0], updates[-1][0], seen, scores_of(groups)))
@@ -116,8 +121,17 @@ class DiscriminatorTrainer:
         if warming:
             return metrics
         self.notices += self.alarms.update(metrics)
+        if "restore" in self.alarms.begun:
+            self._restore()
         metrics |= score_quantiles([score for part in parts for score in part[3]])
         return metrics | self.alarms.metrics() | watch_figures([rollouts for part in parts for rollouts in part[2]])
+
+    def _restore(self) -> None:
+        """Begin anew from the warmed-up discriminator; its weights are those of a new version."""
+        assert self._warmed_up is not None
+        self.engine.destroy()
+        self.model = self._warmed_up()
+        self.engine = SlowableEngine(self.model, self.settings.optimiser, self._total_steps)
 
     def _canary(self, group: Group) -> dict[str, float]:
         due = self._steps % self.settings.canary_every == 0

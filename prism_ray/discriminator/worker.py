@@ -95,8 +95,18 @@ class Rank(Judging):
         """Join the process group and build the trainer."""
         model = self._load(self.settings.cpus_per_rank)
         init_process_group(rank, self.settings.ranks, host, port, self.settings.timeout_s)
-        self.trainer = DiscriminatorTrainer(model, self.encoder, self.settings, seed=seed, truth=self.truth)
-        self.model = model
+        self.trainer = DiscriminatorTrainer(
+            model,
+            self.encoder,
+            self.settings,
+            seed=seed,
+            truth=self.truth,
+            warmed_up=lambda: load_discriminator(self.folder, self.settings),
+        )
+
+    @property
+    def model(self) -> Discriminator:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.trainer.model
 
     @property
     def version(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -134,9 +134,12 @@ def normalised_views(
     group_ids_N: Tensor,
     valid_N: Tensor,
     offset: float,
+    by_std: bool = True,
 ) -> dict[str, Tensor]:
-    """The group-normalised scores [N] of every weighted view, invalid responses replaced first."""
-    return {v: grpo(replace_invalid(scores[v], group_ids_N, valid_N, offset), group_ids_N) for v in weights}
+    """The group-normalised scores [N] of every weighted view, invalid responses replaced first; without `by_std` they
+    are centred only (Dr. GRPO's argument, arXiv 2503.20783, for views)."""
+    normalise = grpo if by_std else dr_grpo
+    return {v: normalise(replace_invalid(scores[v], group_ids_N, valid_N, offset), group_ids_N) for v in weights}
 
 
 def bounded_view_reward(scores_N: Tensor, reference_scores_N: Tensor, temperature: float) -> Tensor:
@@ -262,7 +265,7 @@ def _from_views(judged: Judged, settings: AdvantageSettings, weights: Mapping[st
         for view in weights:
             _require_scores("reference_scores", view, judged.reference_scores, valid_N)
         scores = {v: bounded_view_reward(scores[v], judged.reference_scores[v], settings.temperature) for v in weights}
-    views = normalised_views(scores, weights, groups_N, valid_N, offset)
+    views = normalised_views(scores, weights, groups_N, valid_N, offset, settings.by_std)
     views = {v: values_N * judged.gates.get(v, 1.0) for v, values_N in views.items()}
     combined_N = _combine(views, weights, valid_N, penalty)
     if not settings.per_view:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +29,11 @@ from prism_ray.models.packing import balance
 from prism_ray.records import Group, Ratios
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP, Lost, Watched
+from prism_ray.weights.transports import TRANSPORTS, Offer, Superseded, Wire, make_sender
 
 TAG = "policy"
+LINKS = "links"
+"""The concurrency group of what engines ask a rank; each that fetches weights takes one of its threads for as long."""
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +41,21 @@ log = logging.getLogger(__name__)
 class LearnerRank:
     """One process of the group: a part of every batch, and (by ZeRO stage) a part of the optimiser's state.
 
-    All methods but `alive` run in one thread, one after the other.
+    All methods but `alive` and those of engines' links run in one thread, one after the other.
     """
 
-    def __init__(self, rank: int, folder: str, settings: LearnerSettings, recipe: Recipe, max_prompt_tokens: int):
+    def __init__(
+        self,
+        rank: int,
+        folder: str,
+        settings: LearnerSettings,
+        recipe: Recipe,
+        max_prompt_tokens: int,
+        wire: Wire | None = None,
+    ):
         torch.set_num_threads(max(1, math.ceil(settings.cpus_per_rank)))
         self.rank, self.folder, self.settings, self.recipe = rank, folder, settings, recipe
+        self.wire, self.staged = wire, 0
         self.encoder = Encoder(folder, max_prompt_tokens)
 
     @ray.method(concurrency_group=HEALTH)
@@ -50,10 +63,8 @@ class LearnerRank:
         """Answers, also while the rank computes."""
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks may meet: this machine, and a port that was free a moment ago."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        """Where the ranks may meet."""
+        return _free_address()
 
     def connect(self, host: str, port: int, total_steps: int | None) -> None:
         """Join the process group and build the engine."""
@@ -64,6 +75,8 @@ class LearnerRank:
         if self.recipe.objective.kl_coef:
             sampling = self.recipe.temperature, self.encoder.banned_ids
             self.reference = reference_policy(self.folder, self.engine, self.settings, *sampling)
+        if self.wire is not None:
+            self.sender = make_sender(self.wire, self.engine, self.folder, self.rank, _free_address)
 
     def update(self, refs: list[Any], version: int) -> Outcome:
         """This rank's share of an update, given as references to groups."""
@@ -82,6 +95,39 @@ class LearnerRank:
         plain = {n: w.float() if w.dtype == torch.bfloat16 else w for n, w in weights.items()}
         return {name: weight.numpy() for name, weight in plain.items()}, True
 
+    def stage(self, number: int) -> None:
+        """Set the weights aside for engines to fetch, as the `number`th of this learner; from then on, training may go
+        on."""
+        self.staged = number  # first: who reads meanwhile will be told
+        self.sender.stage()
+
+    # An engine's link (`weights.transports.Sender`), in threads of their own: training goes on meanwhile.
+
+    @ray.method(concurrency_group=LINKS)
+    def link_prepare(self, link: str, workers: int) -> dict[str, Any]:
+        return self.sender.prepare(link, workers)
+
+    @ray.method(concurrency_group=LINKS)
+    def link_meet(self, link: str) -> None:
+        self.sender.meet(link)
+
+    @ray.method(concurrency_group=LINKS)
+    def link_updates(self, link: str, number: int) -> list[dict[str, Any]]:
+        self._confirm(number)
+        return self.sender.updates(link)
+
+    @ray.method(concurrency_group=LINKS)
+    def link_send(self, link: str) -> None:
+        self.sender.send(link)
+
+    @ray.method(concurrency_group=LINKS)
+    def link_confirm(self, link: str, number: int) -> None:
+        self._confirm(number)
+
+    def _confirm(self, number: int) -> None:
+        if self.staged != number:
+            raise Superseded(f"learner rank {self.rank} has replaced the weights that an engine was to fetch")
+
     def save(self, folder: str) -> None:
         self.engine.save(folder, TAG)
 
@@ -94,7 +140,7 @@ class LearnerRank:
             save_weights(weights, folder, like=self.folder)
 
 
-LEARNER_ACTOR: Any = cast(Any, ray.remote)(concurrency_groups=HEALTH_GROUP)(LearnerRank)
+LEARNER_ACTOR: Any = cast(Any, ray.remote)(concurrency_groups=HEALTH_GROUP | {LINKS: 64})(LearnerRank)
 
 
 class LearnerGroup:
@@ -104,8 +150,9 @@ class LearnerGroup:
     or hangs is `Lost`: what the group held is gone, and another must be made from a checkpoint.
     """
 
-    def __init__(self, ranks: list[Any], settings: LearnerSettings) -> None:
-        self.ranks, self.settings = ranks, settings
+    def __init__(self, ranks: list[Any], settings: LearnerSettings, wire: Wire | None = None) -> None:
+        self.ranks, self.settings, self.wire = ranks, settings, wire
+        self._name, self._staged = uuid.uuid4().hex, 0
         self._watched = [
             Watched(f"learner rank {number}", rank, settings.heartbeat_s) for number, rank in enumerate(ranks)
         ]
@@ -121,18 +168,19 @@ class LearnerGroup:
         max_prompt_tokens: int,
         total_steps: int | None = None,
         places: Sequence[Mapping[str, Any]] = (),
+        wire: Wire | None = None,
     ) -> LearnerGroup:
         """Start the ranks on the policy in `folder`; `places` are Ray's options for the actor of each (none: wherever
-        Ray finds room)."""
+        Ray finds room). `wire` is the way weights go to the engines, if not through shared memory."""
         needs = {"num_cpus": settings.cpus_per_rank, "num_gpus": settings.gpus_per_rank}
         where = places or [{}] * settings.ranks
         made = [
             LEARNER_ACTOR.options(**needs | dict(where[rank])).remote(
-                rank, _absolute(folder), settings, recipe, max_prompt_tokens
+                rank, _absolute(folder), settings, recipe, max_prompt_tokens, wire
             )
             for rank in range(settings.ranks)
         ]
-        group = cls(made, settings)
+        group = cls(made, settings, wire)
         try:
             host, port = (await group._wait("start", [rank.address.remote() for rank in made]))[0]
             for watched in group._watched:
@@ -185,10 +233,19 @@ class LearnerGroup:
         return self._ratios
 
     async def weights(self) -> Any:
-        """A reference to `dict[str, np.ndarray]`, by the policy's own parameter names, whole."""
+        """The weights as they are now, whatever is trained after that: a reference to `dict[str, np.ndarray]`, by the
+        policy's own parameter names, whole; or, where engines fetch them, an `Offer`."""
+        if self.wire is not None:
+            return await self._offer(self.wire)
         calls = [rank.weights.options(num_returns=2).remote() for rank in self.ranks]
         await self._wait("give its weights", [done for _, done in calls])
         return calls[0][0]
+
+    async def _offer(self, wire: Wire) -> Offer:
+        self._staged += 1
+        await self._all("stage", self._staged)
+        ranks = self.ranks if TRANSPORTS[wire.transport].every_rank else self.ranks[:1]
+        return Offer(self._name, self._staged, tuple(ranks))
 
     async def save(self, folder: str | Path) -> None:
         """Write weights, optimiser and schedule; `load` on as many ranks goes on from there."""
@@ -251,6 +308,13 @@ class LearnerGroup:
         except TimeoutError:
             pass
         return None
+
+
+def _free_address() -> tuple[str, int]:
+    """This machine, and a port that was free a moment ago."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return ray.util.get_node_ip_address(), free.getsockname()[1]
 
 
 def _absolute(folder: str | Path) -> str:

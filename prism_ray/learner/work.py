@@ -23,7 +23,7 @@ Means = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """N responses to learn from.
+    """N responses to learn from; of episodes of several turns, the tokens that the policy sampled in all of them.
 
     Per response token [N, R]: the behaviour log-prob, and the policy version that sampled it; `mask_NR` marks real
     tokens. `judged` is what the judge said of the `views`, `spans` where each response's lie; `names` say which
@@ -62,18 +62,30 @@ def prepare(groups: Sequence[Group], encoder: Encoder, views: Sequence[ViewSetti
     for group, prompt, rollout, _ in rows:
         _check(group, prompt, rollout)
     rollouts, verdicts = [r for _, _, r, _ in rows], [v for *_, v in rows]
-    lengths = [len(r.token_ids) for r in rollouts]
+    lengths = [r.sampled for r in rollouts]
     return Work(
-        samples=[Sample(p, torch.from_numpy(r.token_ids.astype(np.int64))) for _, p, r, _ in rows],
+        samples=[_sample(p, r, encoder) for _, p, r, _ in rows],
         names=[f"group {g.id} rollout {r.index} (prompt {g.prompt.id})" for g, _, r, _ in rows],
-        behaviour_NR=_padded([r.logp.astype(np.float32) for r in rollouts]),
-        versions_NR=_padded([r.versions.astype(np.int64) for r in rollouts]),
+        behaviour_NR=_padded([_own(r, r.logp).astype(np.float32) for r in rollouts]),
+        versions_NR=_padded([_own(r, r.versions).astype(np.int64) for r in rollouts]),
         mask_NR=torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
         judged=_judged([g.id for g, *_ in rows], verdicts, lengths, views),
         views=tuple(views),
-        spans=[locate([encoder.pieces[i] for i in r.token_ids], views).spans for r in rollouts],
+        spans=[locate([encoder.pieces[i] for i in _own(r, r.token_ids)], views).spans for r in rollouts],
         means=_reward_means(groups, rollouts, verdicts),
     )
+
+
+def _sample(prompt: EncodedPrompt, rollout: Rollout, encoder: Encoder) -> Sample:
+    ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
+    mask = None if rollout.mask is None else torch.from_numpy(rollout.mask.copy())
+    later = encoder.later(prompt, rollout.token_ids, rollout.images) if rollout.images else None
+    return Sample(prompt, ids, mask, later)
+
+
+def _own(rollout: Rollout, values: np.ndarray) -> np.ndarray:
+    """Of one value for each token, those of the tokens that the policy sampled."""
+    return values if rollout.mask is None else values[rollout.mask]
 
 
 def _check(group: Group, prompt: EncodedPrompt, rollout: Rollout) -> None:
@@ -84,6 +96,8 @@ def _check(group: Group, prompt: EncodedPrompt, rollout: Rollout) -> None:
         )
     if not len(rollout.token_ids) == len(rollout.logp) == len(rollout.versions):
         raise ValueError(f"group {group.id}: a rollout's token_ids, logp and versions differ in length")
+    if rollout.mask is not None and not (len(rollout.mask) == len(rollout.token_ids) and rollout.mask.any()):
+        raise ValueError(f"group {group.id}: the mask of a rollout has another length, or leaves it no token")
 
 
 def _judged(
@@ -119,7 +133,7 @@ def _reward_means(groups: Sequence[Group], rollouts: list[Rollout], verdicts: li
         "reward/format": (float(sum(v.valid for v in verdicts)), count),
         "reward/group_std": (float(sum(r.std() for r in rewards)), len(rewards)),
         "reward/equal_groups": (float(sum(np.ptp(r) == 0 for r in rewards)), len(rewards)),
-        "rollout/response_tokens": (float(sum(len(r.token_ids) for r in rollouts)), count),
+        "rollout/response_tokens": (float(sum(r.sampled for r in rollouts)), count),
         "rollout/truncated": (float(sum(r.finish_reason == "length" for r in rollouts)), count),
     }
     for part in sorted({name for v in verdicts for name in v.parts}):

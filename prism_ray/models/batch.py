@@ -19,19 +19,36 @@ from torch.nn.utils.rnn import pad_sequence
 from prism_ray.models.attention import Segments
 from prism_ray.models.encode import EncodedPrompt
 from prism_ray.models.packing import pack_chain
+from prism_ray.models.turns import LaterImages
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt and one response to it: `response_ids` int64 [R], R may be 0."""
+    """A prompt and one response to it: `response_ids` int64 [R], R may be 0.
+
+    In a conversation of several turns these are the tokens of all that came after the prompt: `mask` bool [R] says
+    which of them the policy wrote (None: all), and `later` holds the images among them. What others wrote is read and
+    not scored: in a `Batch`, response tokens are those of the mask.
+    """
 
     prompt: EncodedPrompt
     response_ids: Tensor
+    mask: Tensor | None = None
+    later: LaterImages | None = None
 
     @property
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+    @property
+    def shareable(self) -> int:
+        """How many of the response's first tokens are all that a hidden state depends on: those before an image."""
+        return len(self.response_ids) if self.later is None else int(self.later.visual_spots[0])
+
+    def scored(self, values_R: Tensor) -> Tensor:
+        """Of one value for each token after the prompt, those of the tokens that the policy wrote."""
+        return values_R if self.mask is None else values_R[self.mask]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +59,9 @@ class Batch:
     `real_mask_BT` (bool); or as a single row [1, S] without padding, and `segments` says how it is made up. Flat
     positions are those of [B·T] or [S]: the state at `predictor_BR[b, r]` predicts response token r of sample b, and
     its last token (the prompt's if there is no response) is at `last_B[b]`. `response_ids_BR` with `response_mask_BR`
-    (bool). `pixel_values` and `grid_thw` are those of the distinct prompts' images; visual token v sits at
-    `visual_positions_V[v]` (ascending) and takes row `visual_sources_V[v]` of the merged image features. `indices` says
-    which of the samples given each one is.
+    (bool). `pixel_values` and `grid_thw` are those of the distinct prompts' images, then of those that came later;
+    visual token v sits at `visual_positions_V[v]` (ascending) and takes row `visual_sources_V[v]` of the merged image
+    features. `indices` says which of the samples given each one is.
     """
 
     input_ids_BT: Tensor
@@ -163,10 +180,10 @@ def _rows(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
         raise ValueError("cannot collate an empty list of samples; skip empty batches")
     tokens = [torch.cat((s.prompt.token_ids, s.response_ids)) for s in samples]
     longest = torch.arange(max(len(s.response_ids) for s in samples)).expand(3, -1)
-    positions = [
-        torch.cat((s.prompt.position_ids, longest[:, : len(s.response_ids)] + s.prompt.next_position), dim=1)
-        for s in samples
-    ]
+    positions = []
+    for s in samples:
+        plain = longest[:, : len(s.response_ids)] + s.prompt.next_position
+        positions.append(torch.cat((s.prompt.position_ids, s.later.position_ids if s.later else plain), dim=1))
     return tokens, positions
 
 
@@ -179,7 +196,8 @@ def _chain(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     chain = [(i, 0) for i in order]
     for at, (before, now) in enumerate(pairwise(order), start=1):
         if keys[before][0] == keys[now][0]:
-            chain[at] = (now, len(samples[now].prompt.token_ids) + _common(keys[before][1], keys[now][1]))
+            common = min(_common(keys[before][1], keys[now][1]), samples[before].shareable, samples[now].shareable)
+            chain[at] = (now, len(samples[now].prompt.token_ids) + common)
     return chain
 
 
@@ -207,11 +225,15 @@ def _batch(
 ) -> Batch:
     """What both layouts have in common: `paths` are the flat positions of each sample's tokens; `holders`, ascending in
     them, are the samples whose prompts are computed."""
-    predictors = [p[len(s.prompt.token_ids) - 1 : -1] for s, p in zip(samples, paths, strict=True)]
-    response_lengths_B = torch.tensor([len(s.response_ids) for s in samples])
-    response_ids_BR = pad_sequence([s.response_ids for s in samples], batch_first=True)
+    predictors = [s.scored(p[len(s.prompt.token_ids) - 1 : -1]) for s, p in zip(samples, paths, strict=True)]
+    response_lengths_B = torch.tensor([len(predictor) for predictor in predictors])
+    response_ids_BR = pad_sequence([s.scored(s.response_ids) for s in samples], batch_first=True)
     distinct, rows = _distinct_prompts([samples[i] for i in holders])
-    positions_V, sources_V = _visual_tokens(distinct, rows, [paths[i] for i in holders])
+    visual = [(distinct[row].visual_spots, paths[i], row) for row, i in zip(rows, holders, strict=True)]
+    later = [(s.later, path[len(s.prompt.token_ids) :]) for s, path in zip(samples, paths, strict=True) if s.later]
+    visual += [(images.visual_spots, path, len(distinct) + n) for n, (images, path) in enumerate(later)]
+    positions_V, sources_V = _visual_tokens(visual)
+    shown = [*distinct, *(images for images, _ in later)]
     return Batch(
         input_ids_BT=input_ids_BT,
         position_ids_3BT=position_ids_3BT,
@@ -220,8 +242,8 @@ def _batch(
         last_B=torch.stack([path[-1] for path in paths]),
         response_ids_BR=response_ids_BR,
         response_mask_BR=torch.arange(response_ids_BR.shape[1]) < response_lengths_B[:, None],
-        pixel_values=torch.cat([p.pixel_values for p in distinct]),
-        grid_thw=torch.cat([p.grid_thw for p in distinct]),
+        pixel_values=torch.cat([images.pixel_values for images in shown]),
+        grid_thw=torch.cat([images.grid_thw for images in shown]),
         visual_positions_V=positions_V,
         visual_sources_V=sources_V,
         indices=list(range(len(samples)) if indices is None else indices),
@@ -240,12 +262,15 @@ def _distinct_prompts(samples: Sequence[Sample]) -> tuple[list[EncodedPrompt], l
     return distinct, [seen[id(s.prompt)] for s in samples]
 
 
-def _visual_tokens(distinct: list[EncodedPrompt], rows: list[int], paths: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Flat positions [V] of the visual tokens and the rows [V] of the merged features that belong there."""
-    spots = [p.visual_spots for p in distinct]
-    first = [0]
-    for spot in spots:
-        first.append(first[-1] + len(spot))
-    positions = [path[spots[row]] for row, path in zip(rows, paths, strict=True)]
-    sources = [torch.arange(first[row], first[row + 1]) for row in rows]
-    return torch.cat(positions), torch.cat(sources)
+def _visual_tokens(shown: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Flat positions [V] of the visual tokens, ascending, and the rows [V] of the merged features that belong there.
+
+    Of each place where images are shown: the spots of their tokens, the path on which these lie, and which of the
+    holders of images, in the order of their features, it is.
+    """
+    sizes = {holder: len(spots) for spots, _, holder in shown}
+    first = {holder: sum(sizes[before] for before in range(holder)) for holder in sizes}
+    positions_V = torch.cat([path[spots] for spots, path, _ in shown])
+    sources_V = torch.cat([torch.arange(first[h], first[h] + sizes[h]) for *_, h in shown])
+    order_V = positions_V.argsort()
+    return positions_V[order_V], sources_V[order_V]

@@ -7,8 +7,9 @@ through the Hugging Face processor, to which the former is equal to 1e-6.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from prism_ray.records import Prompt
+from prism_ray.models.turns import LaterImages, collapsed, continuation
+from prism_ray.records import Prompt, Rollout
 from prism_ray.response import piece_table
 
 MARKER = "<image>"
+
+_COMPOSED = 4
+"""At most so many characters of a text become one when a tokenizer normalises it."""
+_QUICK = 1
+"""How hard PNG is to be compressed: higher levels take several times as long for a tenth less."""
 
 
 class BadPrompt(ValueError):
@@ -31,7 +38,11 @@ class BadPrompt(ValueError):
 
 
 class PromptTooLong(BadPrompt):
-    """A prompt with more tokens than the configured limit."""
+    """A prompt with more tokens than the configured limit; it has (at least) `tokens`."""
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class BadImage(BadPrompt):
@@ -81,6 +92,7 @@ class Encoder:
         self.pad_id: int = self.end_id if pad_id is None else pad_id
         self.pieces: list[bytes] = piece_table(self.tokenizer)
         self.banned_ids: list[int] = _banned_ids(config, self.tokenizer, self.end_id)
+        self._token_characters = _COMPOSED * max(map(len, self.pieces))
 
     def prompt(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt."""
@@ -89,7 +101,7 @@ class Encoder:
     def prompts(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Encode several prompts; the images of all of them are processed together."""
         short = [self._checked_ids(p) for p in prompts]
-        pictures = [_decode(p, i) for p in prompts for i in range(len(p.images))]
+        pictures = [_picture(data, p.id, i) for p in prompts for i, data in enumerate(p.images)]
         patches, grids = self._patches(pictures)
         encoded, first = [], 0
         for prompt, ids in zip(prompts, short, strict=True):
@@ -98,6 +110,34 @@ class Encoder:
             first = last
         return encoded
 
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, placeholders expanded: as many as `prompt` gives, from the images' sizes alone."""
+        tokens = len(self._checked_ids(prompt))
+        block = self._image_processor.patch_size * self._image_processor.merge_size
+        for index, data in enumerate(prompt.images):
+            with _opened(data, prompt.id, index) as image:
+                height, width = self._fitting(image.height, image.width)
+            tokens += height * width // block**2 - 1
+        return tokens
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with every image at the size that the model sees it at, so that nobody later resizes it again: as
+        PNG, which keeps the pixels that the image processor's own resizing gives. An image that has its size already
+        keeps its bytes."""
+        return replace(prompt, images=tuple(self._fitted(data, prompt.id, i) for i, data in enumerate(prompt.images)))
+
+    def _fitted(self, data: bytes, prompt_id: str, index: int) -> bytes:
+        with _opened(data, prompt_id, index) as image:
+            if self._fitting(image.height, image.width) == (image.height, image.width):
+                return data
+        p = self._image_processor
+        pixels = torch.from_numpy(_picture(data, prompt_id, index)).permute(2, 0, 1)[None]
+        resized = p.resize(images=pixels, size=p.size, resample=p.resample, factor=p.patch_size * p.merge_size)
+        buffer = io.BytesIO()
+        picture = Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+        picture.save(buffer, "PNG", compress_level=_QUICK)
+        return buffer.getvalue()
+
     def response(self, text: str) -> list[int]:
         """Token ids of a response's text and the end token: the path for references and supervised targets."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
@@ -105,40 +145,85 @@ class Encoder:
     def engine_prompt(self, prompt: Prompt) -> dict[str, Any]:
         """The prompt as vLLM takes it: token ids with one placeholder for each image, and the images."""
         ids = self._checked_ids(prompt)
-        images = [Image.fromarray(_decode(prompt, i)) for i in range(len(prompt.images))]
+        images = [Image.fromarray(_picture(data, prompt.id, i)) for i, data in enumerate(prompt.images)]
         return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {})
+
+    def going_on(self, asked: dict[str, Any], begun: Rollout) -> dict[str, Any]:
+        """An `engine_prompt` with the beginning of a response behind it, and the images that came with that."""
+        ids = asked["prompt_token_ids"] + collapsed(begun.token_ids, self._image_id).tolist()
+        if not begun.images:
+            return asked | {"prompt_token_ids": ids}
+        before = asked.get("multi_modal_data", {}).get("image", [])
+        later = [Image.fromarray(_picture(data, begun.prompt_id, i)) for i, data in enumerate(begun.images)]
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": [*before, *later]}}
+
+    def answer(self, prompt_id: str, message: Mapping[str, str], images: Sequence[bytes], ended: bool) -> np.ndarray:
+        """Tokens int32 of what stands between a response and the next: an environment's message, placeholders expanded.
+
+        `ended` says whether the response's last token is the end token. BadImage where an image does not decode, or
+        the message (with its text) holds another number of placeholders.
+        """
+        text = continuation(self._rendered, message, self.tokenizer.decode([self.end_id]), ended)
+        ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt_id, len(images))
+        _, grids = self._patches([_picture(data, prompt_id, i) for i, data in enumerate(images)])
+        return self._expanded(ids, grids).astype(np.int32)
+
+    def later(self, prompt: EncodedPrompt, token_ids: np.ndarray, images: Sequence[bytes]) -> LaterImages:
+        """The images within the response `token_ids` to a prompt; ValueError where they are not those of its tokens."""
+        patches, grids = self._patches([_picture(data, prompt.id, i) for i, data in enumerate(images)])
+        ids = collapsed(token_ids, self._image_id).astype(np.int64)
+        starts = tuple(int(i) for i in np.flatnonzero(ids == self._image_id))
+        if len(starts) != len(images) or not np.array_equal(self._expanded(ids, grids), token_ids):
+            raise ValueError(
+                f"prompt {prompt.id}: the image placeholders of a later turn are not those of its {len(images)} images"
+            )
+        positions = rope_positions(len(ids), starts, tuple(grids), self._image_processor.merge_size)
+        return LaterImages(
+            pixel_values=torch.cat(patches),
+            grid_thw=torch.tensor(grids, dtype=torch.int64),
+            visual_spots=torch.from_numpy(np.flatnonzero(token_ids == self._image_id)),
+            position_ids=positions + prompt.next_position,
+        )
 
     def _checked_ids(self, prompt: Prompt) -> list[int]:
         """Token ids with one placeholder for each image."""
-        text = self._render(prompt)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        markers = ids.count(self._image_id)
-        if markers != len(prompt.images):
-            raise BadImage(
-                f"prompt {prompt.id}: {markers} {MARKER} markers but {len(prompt.images)} images; give one for each"
-            )
+        least = sum(len(m["content"]) for m in prompt.messages) // self._token_characters
+        if least > self.max_prompt_tokens:  # tokenising megabytes takes seconds
+            raise self._too_long(prompt, least)
+        text = self._rendered(prompt.messages)
+        ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt.id, len(prompt.images))
         if len(ids) > self.max_prompt_tokens:
             raise self._too_long(prompt, len(ids))
         return ids
 
-    def _render(self, prompt: Prompt) -> str:
-        messages = [{"role": m["role"], "content": _parts(m["content"])} for m in prompt.messages]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _checked(self, ids: list[int], prompt_id: str, images: int) -> list[int]:
+        markers = ids.count(self._image_id)
+        if markers != images:
+            raise BadImage(f"prompt {prompt_id}: {markers} {MARKER} markers but {images} images; give one for each")
+        return ids
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        turns = [{"role": m["role"], "content": _parts(m["content"])} for m in messages]
+        return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _expanded(self, ids: Sequence[int] | np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
+        """Token ids int64 in which each image's placeholder is there once for each of its visual tokens."""
+        short = np.asarray(ids, np.int64)
+        counts = np.ones(len(short), np.int64)
+        counts[short == self._image_id] = [t * h * w // self._image_processor.merge_size**2 for t, h, w in grids]
+        return np.repeat(short, counts)
 
     def _too_long(self, prompt: Prompt, tokens: int) -> PromptTooLong:
         limit = f"the limit of {self.max_prompt_tokens} tokens"
-        return PromptTooLong(f"prompt {prompt.id}: {tokens} tokens exceed {limit}; raise max_prompt_tokens or drop it")
+        message = f"prompt {prompt.id}: {tokens} tokens exceed {limit}; raise max_prompt_tokens or drop it"
+        return PromptTooLong(message, tokens)
 
     def _assemble(self, prompt: Prompt, ids: list[int], patches: list[Tensor], grids: list[tuple]) -> EncodedPrompt:
-        merge = self._image_processor.merge_size
-        counts = np.ones(len(ids), np.int64)
-        short = np.asarray(ids, np.int64)
-        counts[short == self._image_id] = [t * h * w // merge**2 for t, h, w in grids]
-        token_ids = np.repeat(short, counts)
+        token_ids = self._expanded(ids, grids)
         if len(token_ids) > self.max_prompt_tokens:
             raise self._too_long(prompt, len(token_ids))
-        starts = tuple(int(i) for i in np.flatnonzero(short == self._image_id))
-        positions = rope_positions(len(ids), starts, tuple(grids), merge)
+        starts = tuple(i for i, token in enumerate(ids) if token == self._image_id)
+        positions = rope_positions(len(ids), starts, tuple(grids), self._image_processor.merge_size)
         width = 3 * self._image_processor.temporal_patch_size * self._image_processor.patch_size**2
         return EncodedPrompt(
             id=prompt.id,
@@ -175,8 +260,15 @@ class Encoder:
         plain = p.do_rescale and p.do_normalize and abs(p.rescale_factor * 255 - 1) < 1e-9
         if not plain or height % (p.patch_size * p.merge_size) or width % (p.patch_size * p.merge_size):
             return False
+        return self._fitting(height, width) == (height, width)
+
+    def _fitting(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the image processor gives an image of this size. ValueError where it refuses it."""
+        p = self._image_processor
+        if not p.do_resize:
+            return height, width
         limits = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
-        return not p.do_resize or smart_resize(height, width, p.patch_size * p.merge_size, **limits) == (height, width)
+        return smart_resize(height, width, p.patch_size * p.merge_size, **limits)
 
 
 def patchify(pictures: Tensor, processor: Any) -> Tensor:
@@ -230,14 +322,21 @@ def _parts(content: str) -> list[dict[str, str]]:
     return parts
 
 
-def _decode(prompt: Prompt, index: int) -> np.ndarray:
+def _picture(data: bytes, prompt_id: str, index: int) -> np.ndarray:
     """The picture as uint8 [H, W, 3]."""
+    with _opened(data, prompt_id, index) as image:
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes, prompt_id: str, index: int) -> Iterator[Image.Image]:
+    """An image of a prompt; BadImage for one that does not decode."""
     try:
-        with Image.open(io.BytesIO(prompt.images[index])) as image:
-            return np.array(image.convert("RGB"))
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
     except Exception as error:  # PIL raises many types on damaged files, SyntaxError and struct.error among them
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadImage(f"prompt {prompt.id}: image {index} does not decode ({reason}); replace or drop it") from error
+        raise BadImage(f"prompt {prompt_id}: image {index} does not decode ({reason}); replace or drop it") from error
 
 
 def _banned_ids(config: Any, tokenizer: Any, end_id: int) -> list[int]:

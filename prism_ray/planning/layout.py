@@ -116,9 +116,9 @@ def layout(stage: StageName, settings: RunSettings) -> Layout:
         groups.append(trainer(s.trainer))
     if stage in TRAINED and s.cluster.layout == "split":
         groups.append(learner(s.learner))
-    if stage in JUDGED:
+    if stage in JUDGED and not (stage == "align" and s.align.judge == "serve"):  # that judge is somewhere else
         groups += judge(s.discriminator)
-    if stage in TRAINED and stage != "align" and s.verify.worker_cpus:
+    if stage in TRAINED and stage != "align" and s.rlvr.judge == "own" and s.verify.worker_cpus:
         setting = f"verify.workers = {s.verify.workers}"
         bundles = (Bundle(s.verify.worker_cpus),) * s.verify.workers
         groups.append(Group(VERIFIERS, bundles, "anywhere", setting))

@@ -154,7 +154,7 @@ def _marked(*texts: str) -> list[str]:
     """Two responses with the words marked in which they differ."""
     if max(map(len, texts)) > MOST_CHARACTERS:
         return [_response(text) for text in texts]
-    words = [re.split(r"(\s+)", _ELEMENT.sub(r"\1: \2 ", text)) for text in texts]
+    words = [re.split(r"(\s+)", _ELEMENT.sub(r"\1: \2\n", text)) for text in texts]
     shown: list[list[str]] = [[], []]
     for what, *ends in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         for side, (low, high) in enumerate((ends[:2], ends[2:])):

@@ -31,7 +31,8 @@ MOST_OTHERS = 300
 class Panel:
     """A plot: its title, what it means, its metrics (solid, then dashed) and a reference level.
 
-    `judged` restricts it to stages with a discriminator (True) or without one (False); `by` divides the metrics.
+    `judged` restricts it to stages with a discriminator (True) or without one (False); `by` divides the metrics; of a
+    `share` all from 0 to 1 is shown.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Panel:
     reference: float | None = None
     judged: bool | None = None
     by: str | None = None
+    share: bool = False
 
 
 TRAINING = (
@@ -61,13 +63,18 @@ ASYNCHRONY = (
           ("staleness/judge_max", "staleness/judge_mean")),
     Panel("Effective sample share", "of the off-policy correction's weights; 1 = on-policy", ("correction/ess",), 1.0),
     Panel("Learner waits for data", "share of a step's time; near 0 the learner is the bottleneck, near 1 it starves",
-          ("learner/wait_share",)),
-    Panel("Engines wait for weights", "share of a step's time in which decoding is paused for new weights",
+          ("learner/wait_share",), share=True),
+    Panel("Engines wait for weights",
+          "share of the time in which no group is being sampled, since the gate opens with new weights",
+          ("rollout/wait_share",), share=True),
+    Panel("Engines paused for weights", "share of a step's time in which decoding is paused to take new weights",
           ("weights/paused_s",), by="time/step_s"),
+    Panel("Judge waits for rollouts", "share of the time in which the judge neither judges nor learns",
+          ("judge/wait_share",), share=True),
     Panel("Groups under way", "groups at the start of a step; solid being sampled, dashed waiting for a verdict",
           ("loop/generating", "loop/judging")),
     Panel("Time of a step", "seconds", ("time/step_s",)),
-    Panel("Tokens per second", "of a group's rollouts, from submission to the last token",
+    Panel("Tokens per second", "sampled by all engines, from one handing over of weights to the next",
           ("rollout/tokens_per_second",)),
     Panel("Sampled or judged again", "groups a step; solid verdicts too old, dashed (in all) tokens too old",
           ("staleness/judged_again", "staleness/given_back")),
@@ -84,6 +91,13 @@ def drawn(panels: Sequence[Panel], history: History) -> list[str]:
     return [html for panel in panels if (html := _panel(panel, history))]
 
 
+_WAITING = {
+    "learner": "learner waits for data",
+    "rollout": "engines wait for weights",
+    "judge": "judge waits for rollouts",
+}
+
+
 def waiting_table(history: History) -> str:
     """A row for every stage of the loop: how its time was spent, and how stale what it trained on was; "" for none."""
     rows = []
@@ -91,15 +105,19 @@ def waiting_table(history: History) -> str:
         total = _sum(seconds)
         if total <= 0:
             continue
-        waited = _sum(_product(seconds, history.of(stage, "learner/wait_share")))
+        waited = [_share(_product(seconds, history.of(stage, f"{who}/wait_share")), total) for who in _WAITING]
         oldest = [_largest(history.of(stage, f"staleness/{side}")) for side in ("max", "judge_max")]
         rows.append([
-            escape(stage_name(stage)), f"{total / len(seconds):.2f} s", f"{waited / total:.0%}",
-            f"{_sum(history.of(stage, 'weights/paused_s')) / total:.0%}", *oldest,
+            escape(stage_name(stage)), f"{total / len(seconds):.2f} s", *waited,
+            _share(history.of(stage, "weights/paused_s"), total), *oldest,
         ])  # fmt: skip
-    head = ["stage", "mean step", "learner waits for data", "engines wait for weights",
+    head = ["stage", "mean step", *_WAITING.values(), "engines paused for weights",
             "staleness of the policy, most", "of the judge, most"]  # fmt: skip
     return table(head, rows) if rows else ""
+
+
+def _share(seconds: Points, total: float) -> str:
+    return f"{_sum(seconds) / total:.0%}" if seconds else "–"
 
 
 def _sum(points: Points) -> float:
@@ -137,7 +155,7 @@ def grid(figures: Sequence[str]) -> str:
 
 def figure(title: str, meaning: str, plot: str, keys: Mapping[str, int]) -> str:
     """A plot with its title, what it means, and a legend of colours by name."""
-    said = f'<p class="meaning">{escape(meaning)}</p>' if meaning else ""
+    said = f'<p class="meaning">{escape(meaning)}</p>'  # also without words, so that plots lie side by side
     legend = "".join(
         f'<span class="key"><i style="background:var(--c{colour % COLOURS})"></i>{escape(name)}</span>'
         for name, colour in keys.items()
@@ -173,7 +191,7 @@ def _panel(panel: Panel, history: History, small: bool = False) -> str:
                 lines.append(Line(label, points, stages[stage], dashed=number > 0))
     if not lines:
         return ""
-    plot = line_plot(lines, panel.reference, small=small)
+    plot = line_plot(lines, panel.reference, small=small, share=panel.share)
     return figure(panel.title, panel.meaning, plot, {stage_name(stage): colour for stage, colour in stages.items()})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prism_ray.records import Group, Prompt
+from prism_ray.report.drift import drift
 from prism_ray.report.intervals import wilson
 
 Truth = Callable[[str, Prompt], Mapping[str, float]]
@@ -28,19 +29,32 @@ def evaluation_metrics(sampled: Sequence[Group], greedy: Sequence[Group], truth:
 
     `n` is the number of prompts; `accuracy` (from `sampled`) and `accuracy_greedy` are `{"mean", "low", "high"}` with
     95 % intervals; the shares (only those the truth knows) and `mean_tokens` are means over `sampled`, in which every
-    prompt weighs the same.
+    prompt weighs the same. `drift` (where every prompt has a reference) says how far lengths are from the references'.
     """
-    if not sampled or not greedy:
+    metrics = metrics_of(
+        [_truths(group, truth) for group in sampled],
+        [_truths(group, truth) for group in greedy],
+        [[r.sampled for r in group.rollouts] for group in sampled],
+    )
+    drifted = drift(sampled)
+    return metrics | ({"drift": drifted} if drifted else {})
+
+
+def metrics_of(
+    truths: Sequence[Sequence[Mapping[str, float]]],
+    greedy: Sequence[Sequence[Mapping[str, float]]],
+    tokens: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """`evaluation_metrics` from what is true of each prompt's sampled and greedy responses, and the sampled lengths."""
+    if not truths or not greedy:
         raise ValueError("nothing to evaluate: sampled and greedy rollouts of at least one prompt are needed")
-    truths = [_truths(group, truth) for group in sampled]
     known = [name for name in SHARES if all(name in t for of_prompt in truths for t in of_prompt)]
-    tokens = [float(np.mean([len(r.token_ids) for r in group.rollouts])) for group in sampled]
     return {
-        "n": len(sampled),
+        "n": len(truths),
         "accuracy": clustered_interval([[t["answer"] for t in of_prompt] for of_prompt in truths]),
-        "accuracy_greedy": accuracy(greedy, truth),
+        "accuracy_greedy": clustered_interval([[t["answer"] for t in of_prompt] for of_prompt in greedy]),
         **{name: float(np.mean([np.mean([t[name] for t in of_prompt]) for of_prompt in truths])) for name in known},
-        "mean_tokens": float(np.mean(tokens)),
+        "mean_tokens": float(np.mean([np.mean(of_prompt) for of_prompt in tokens])),
     }
 
 

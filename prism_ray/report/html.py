@@ -34,16 +34,18 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; background: var(--surface); color: var(--ink); max-width: 1180px;
   margin: 0 auto; padding: 24px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 10px; }
+.time { white-space: nowrap; }
 .meaning, .none, .facts, footer { color: var(--soft); margin: 2px 0 8px; font-size: 13px; }
 .headline { font-size: 17px; margin: 10px 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll + .plots { margin-top: 22px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; } td small { color: var(--soft); white-space: nowrap; }
 h3 { font-size: 16px; margin: 22px 0 8px; } h4 { font-size: 13px; margin: 6px 0 2px; color: var(--soft); }
-nav { font-size: 13px; margin: 6px 0; } nav a { margin-right: 14px; color: var(--soft); }
+nav { font-size: 13px; margin: 6px 0; display: flex; flex-wrap: wrap; gap: 0 14px; } nav a { color: var(--soft); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 22px 26px; }
-figure { margin: 0; } figure p { margin: 2px 0; } figcaption { font-weight: 600; }
+figure { margin: 0; min-width: 0; display: grid; grid: subgrid / minmax(0, 1fr); grid-row: span 4; row-gap: 0; }
+figure p { margin: 2px 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; } svg.wide { max-width: 760px; display: block; margin-top: 8px; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 svg text.label { font-size: 14px; fill: var(--ink); }

@@ -31,11 +31,17 @@ there, counts older incidents of the same kind that were dropped."""
 class IncidentLog(logging.Handler):
     """A handler that appends to `folder/incidents.jsonl`; a context manager that listens to the package's log."""
 
-    def __init__(self, folder: Path, stage: Callable[[], str], most_rows: int = MOST_ROWS) -> None:
-        """`stage` tells what the run is at, "" between stages."""
+    def __init__(
+        self,
+        folder: Path,
+        stage: Callable[[], str],
+        tell: Callable[[str, str], None] = lambda level, room: None,
+        most_rows: int = MOST_ROWS,
+    ) -> None:
+        """`stage` tells what the run is at, "" between stages; `tell` hears the level and the room of each incident."""
         super().__init__(logging.WARNING)
         folder.mkdir(parents=True, exist_ok=True)
-        self._stage, self._path, self._most = stage, folder / FILE, most_rows
+        self._stage, self._tell, self._path, self._most = stage, tell, folder / FILE, most_rows
         self._file = open_to_append(self._path)
         self._rows = len(read_incidents(folder))
 
@@ -50,6 +56,7 @@ class IncidentLog(logging.Handler):
                 "room": parts[1] if len(parts) > 1 else parts[0],
                 "what": _what(record),
             }
+            self._tell(row["level"], row["room"])
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             self._rows += 1

@@ -1,16 +1,20 @@
-"""A run's numbers: one JSON object a line in metrics.jsonl, and Weights & Biases if wanted."""
+"""A run's numbers: one JSON object a line in metrics.jsonl, and whoever else is to hear of them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-from prism_ray.config.report import ReportSettings, WandbSettings
+from prism_ray.config.report import ReportSettings
+from prism_ray.report.wandb_run import WandbSink
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """One line of metrics.jsonl: `stage`, `step`, `time` (seconds since 1970) and numbers by name."""
@@ -30,18 +34,43 @@ def open_to_append(path: Path) -> TextIO:
     return file
 
 
-class MetricsLog:
-    """Appends to `folder/metrics.jsonl`; each line is complete on disk when `write` returns."""
+class Sink(Protocol):
+    """Where a run's numbers go besides metrics.jsonl."""
 
-    def __init__(self, folder: Path, settings: ReportSettings | None = None, config: Mapping[str, Any] | None = None):
-        """`config` is what Weights & Biases shows as the run's configuration; the run is named like the folder."""
+    def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """The numbers of one step of a stage; names are `room/quantity`."""
+        ...
+
+    def evaluated(self, label: str, numbers: Mapping[str, float]) -> None:
+        """What the checkpoint of this label is worth."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """The run ends."""
+        ...
+
+
+class MetricsLog:
+    """Appends to `folder/metrics.jsonl`; each line is complete on disk when `write` returns.
+
+    A run is worth more than who watches it: a sink that fails is given up with a warning, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: ReportSettings | None = None,
+        config: Mapping[str, Any] | None = None,
+        sinks: Iterable[Sink] = (),
+    ):
+        """`config` is what Weights & Biases shows as the run's configuration, if the settings ask for it; `sinks` get
+        what is written too."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
+        self._sinks = list(sinks)
+        if settings is not None and settings.wandb.mode != "off":
+            self._sinks.append(WandbSink(folder, settings.wandb, config, sum(1 for _ in metric_rows(path))))
         self._file = open_to_append(path)
-        self._stages: set[str] = set()  # each has an axis of its own in Weights & Biases
-        self._wandb = (
-            _start_wandb(folder, settings.wandb, config) if settings and settings.wandb.mode != "off" else None
-        )
 
     def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Note the numbers of one step of a stage; names are `room/quantity`. What is not finite is kept as null."""
@@ -50,30 +79,37 @@ class MetricsLog:
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            if stage not in self._stages:
-                self._stages.add(stage)
-                self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            self._wandb.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+        self._tell(lambda sink: sink.write(stage, step, values))
 
-    def close(self) -> None:
-        """End the file and the Weights & Biases run."""
+    def evaluated(self, label: str, metrics: Mapping[str, Any]) -> None:
+        """Tell the sinks what an evaluated checkpoint is worth (the file is the summary's, not this one's); of an
+        interval they get `name`, `name_low` and `name_high`."""
+        flat: dict[str, float] = {}
+        for name, value in metrics.items():
+            if isinstance(value, Mapping):
+                flat |= {name: value["mean"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            else:
+                flat[name] = float(value)
+        self._tell(lambda sink: sink.evaluated(label, flat))
+
+    def close(self, failed: bool = False) -> None:
+        """End the file and tell the sinks that the run has ended, and whether it failed."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell(lambda sink: sink.close(failed))
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                what(sink)
+            except Exception:
+                self._sinks.remove(sink)
+                log.warning("%s failed; the run goes on without it", type(sink).__name__, exc_info=True)
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _start_wandb(folder: Path, settings: WandbSettings, config: Mapping[str, Any] | None) -> Any:
-    import wandb  # here, because a run without it should not pay for the import
-
-    mode = "online" if settings.mode == "online" else "offline"
-    return wandb.init(project=settings.project, name=folder.name, dir=folder, mode=mode, config=dict(config or {}))
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def metric_rows(path: Path) -> Iterator[Row]:

@@ -44,9 +44,10 @@ def line_plot(
     x_label: str = "step",
     bands: Sequence[Band] = (),
     small: bool = False,
+    share: bool = False,
 ) -> str:
     """The lines over common axes, over their `bands`; `reference` draws a thin horizontal line there (chance level,
-    zero). `small` draws them coarser and without what is shown on hovering."""
+    zero). `small` draws them coarser and without what is shown on hovering; of a `share` all from 0 to 1 is shown."""
     most = _MOST_POINTS // 2 if small else _MOST_POINTS
     thinned = [(line, _thin(line.points, most)) for line in lines]
     areas = [(band, _thin_band(band, most)) for band in bands]
@@ -55,7 +56,7 @@ def line_plot(
         return '<p class="none">no finite values</p>'
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     x_axis = _Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-    levels = [*ys, *([reference] if reference is not None else [])]
+    levels = [*ys, *([reference] if reference is not None else []), *((0.0, 1.0) if share else ())]
     levels += [y for _, points in areas for _, low, high in points for y in (low, high)]
     y_axis = _Axis(min(levels), max(levels), _HEIGHT - _BOTTOM, _TOP, pad=0.06)
     parts = [_frame(x_axis, y_axis, x_label)]
@@ -125,8 +126,8 @@ class _Axis:
 
     def __init__(self, low: float, high: float, start: float, end: float, pad: float = 0.0):
         if high - low < 1e-12 * max(1.0, abs(high)):
-            room = abs(high) * 0.1 or 0.5
-            low, high = low - room, high + room
+            room = abs(high) * 0.1
+            low, high = (low - room, high + room) if room else (0.0, 1.0)  # nothing happened: below 0 nothing can
         margin = (high - low) * pad
         self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
 

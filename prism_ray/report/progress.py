@@ -30,19 +30,27 @@ _SHOWN = (
     ("policy/loss", "policy loss"),
     ("supervised/loss", "loss"),
     ("correction/ess", "effective samples"),
+    ("policy/version", "policy version"),
     ("discriminator/version", "judge version"),
     ("staleness/max", "policy staleness"),
     ("staleness/judge_max", "judge staleness"),
     ("rollout/response_tokens", "response tokens"),
     ("rollout/tokens_per_second", "tokens/s"),
+    ("rollout/engine_tokens_per_second", "of each engine"),
     ("supervised/wait_share", "waits for data"),
-    ("learner/wait_share", "learner waits"),
-    ("weights/wait_share", "engines wait"),
+    ("learner/wait_share", "learner waits for data"),
+    ("rollout/wait_share", "engines wait for weights"),
+    ("weights/wait_share", "engines paused"),
+    ("judge/wait_share", "judge waits for rollouts"),
 )
 """The numbers worth a person's glance, in order, with what they are called there; `{view}` stands for every view."""
-_PANEL_ONLY = {"correction/ess", "discriminator/version", "rollout/response_tokens"}
+_PANEL_ONLY = {
+    "correction/ess", "policy/version", "discriminator/version", "rollout/response_tokens",
+    "rollout/engine_tokens_per_second", "weights/wait_share",
+}  # fmt: skip
 """Not on the log's lines, which would grow too long to read."""
-_PERCENT = {"supervised/wait_share", "learner/wait_share", "reward/dropped_share", "weights/wait_share"}
+_ENGINES = 8
+"""Engines told one by one; of more than that the slowest and the fastest."""
 _ALARM = re.compile(r"^discriminator/alarm/(.+)/(.+)$")
 _WINDOW = 20
 """Steps whose mean time tells how long the rest will take: a run that got faster or slower is seen to."""
@@ -159,9 +167,11 @@ def telling(numbers: Mapping[str, float], brief: bool = False) -> list[tuple[str
     for name, label in _SHOWN:
         if brief and name in _PANEL_ONLY:
             continue
-        if "{view}" not in name:
+        if name == "rollout/engine_tokens_per_second":
+            known += [(label, rates)] if (rates := _of_engines(name, numbers)) else []
+        elif "{view}" not in name:
             if name in numbers:
-                known.append((label, f"{numbers[name]:.0%}" if name in _PERCENT else _short(numbers[name])))
+                known.append((label, f"{numbers[name]:.0%}" if name.endswith("_share") else _short(numbers[name])))
         elif views := _of_views(name, numbers):
             known.append(
                 (label if named else f"{label} ({' / '.join(views)})", " / ".join(map(_short, views.values())))
@@ -178,6 +188,15 @@ def _of_views(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
     found = {n[len(before) : len(n) - len(after)]: v for n, v in numbers.items() if n.startswith(before)}
     return {view: v for view, v in sorted(found.items()) if f"{before}{view}{after}" in numbers and "/" not in view
             and not view.endswith("_held_out")}  # fmt: skip
+
+
+def _of_engines(name: str, numbers: Mapping[str, float]) -> str:
+    """A metric of every engine, in their order; "" where there is only one engine."""
+    found = {int(n.rpartition("/")[2]): v for n, v in numbers.items() if n.startswith(f"{name}/")}
+    values = [found[index] for index in sorted(found)]
+    if len(values) > _ENGINES:
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return " / ".join(map(_short, values)) if len(values) > 1 else ""
 
 
 def duration(seconds: float) -> str:

@@ -27,6 +27,11 @@ COLUMNS = (
 )
 
 
+DRIFT = "drift from the references: caption / steps / length"
+DRIFTS = ("caption_length", "steps", "response_length")
+"""Total-variation distances, in the order of the column."""
+
+
 def headline(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
     """What alignment was worth, in one sentence for each comparison that the run allows."""
     comparisons = (
@@ -56,8 +61,9 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         *(title for _, title in COLUMNS),
         "mean tokens",
     ]
-    unseen = any("accuracy_unseen" in numbers for numbers in evaluation.values())
+    unseen, drifts = (any(name in numbers for numbers in evaluation.values()) for name in ("accuracy_unseen", "drift"))
     head += ["unseen question family (greedy)"] if unseen else []
+    head += [DRIFT] if drifts else []
     body, marks = [], []
     for label in labels:
         numbers = evaluation[label]
@@ -65,6 +71,7 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         shares = [fixed(numbers.get(name)) for name, _ in COLUMNS]
         cells = [_with_interval(sampled), _with_interval(greedy), *shares, fixed(numbers.get("mean_tokens"), 1)]
         cells += [_with_interval(_interval(numbers, "accuracy_unseen"))] if unseen else []
+        cells += [" / ".join(fixed(numbers.get("drift", {}).get(name), 2) for name in DRIFTS)] if drifts else []
         body.append([escape(label), escape(str(numbers.get("n", "–"))), *cells])
         if sampled:
             marks.append((label, sampled, greedy))
@@ -113,7 +120,15 @@ def incident_table(incidents: Sequence[Incident]) -> str:
         if kind.count > 1:
             when = f"{when}<br><small>{kind.count} times since {clock(kind.first)}</small>"
         stages = escape(", ".join(stage or "–" for stage in kind.stages))
-        rows.append([when, chip, stages, escape(str(kind.newest.get("room"))), escape(kind.newest["what"])])
+        rows.append(
+            [
+                f'<span class="time">{when}</span>',
+                chip,
+                stages,
+                escape(str(kind.newest.get("room"))),
+                escape(kind.newest["what"]),
+            ]
+        )
     return table(["time (UTC)", "", "stage", "room", "what"], rows) if rows else ""
 
 

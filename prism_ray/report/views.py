@@ -220,9 +220,9 @@ def warmup_table(history: History, margin: float) -> str:
         marks = [name in probes and _near(cell, judge, margin) for cell, (_, name) in zip(cells, told, strict=True)]
         rows.append([escape(view), *(_marked(cell, mark) for cell, mark in zip(cells, marks, strict=True))])
     steps = [step for step, _ in history.of("warmup", "discriminator/loss")]
-    said = f"after {steps[-1]} steps, " if steps else ""
+    said = f" after {steps[-1]} steps" if steps else ""
     note = (
-        f"Held-out pairs {said}identical texts left out. A shortcut is a logistic regression that sees nothing else; "
+        f"Held-out pairs{said}, identical texts left out. A shortcut is a logistic regression that sees nothing else; "
         "one that orders pairs about as well as the discriminator (marked) may be all it sees."
     )
     return table(["view", *(title for title, _ in told)], rows) + f'<p class="meaning">{note}</p>'

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prism_ray.rollout.sampling import Request, Sampling
+from prism_ray.rollout.sampling import Abandoned, Request, Sampling, Turn
 
 LOSSES, KEPT, LOST, REFUSED = "rollout/losses", "rollout/kept_tokens", "rollout/lost_tokens", "rollout/refused"
 
@@ -21,8 +21,9 @@ LOSSES, KEPT, LOST, REFUSED = "rollout/losses", "rollout/kept_tokens", "rollout/
 class Job:
     """One group until it is sampled. `prompt` is a `Prompt` or a reference to one.
 
-    `so_far` is what an engine that is gone had done: rollouts, or a reference to a group of them. `counts` goes into
-    the ticket's stats: engines lost, tokens kept and lost by that, groups refused as garbage.
+    `so_far` is what its rollouts go on from: rollouts, or a reference to a group of them. That is `given` by whoever
+    asked (the turns before this one of an episode, of `given_tokens` tokens), or what an engine that is gone had done.
+    `counts` goes into the ticket's stats: engines lost, tokens kept and lost by that, groups refused as garbage.
     """
 
     key: int
@@ -31,6 +32,8 @@ class Job:
     sampling: Sampling
     era: int
     done: asyncio.Future[tuple[Any, dict[str, Any]]]
+    given: Any = ()
+    given_tokens: int = 0
     so_far: Any = ()
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys((LOSSES, KEPT, LOST, REFUSED), 0.0))
     outstanding: int = 0
@@ -45,9 +48,21 @@ class Job:
             self.done.set_exception(error)
 
     def forget(self, era: int) -> None:
-        """Begin again in a new era."""
-        self.era, self.so_far = era, ()
+        """Begin again, perhaps in a new era, in which what another one gave is worth nothing."""
+        if self.given_tokens and era != self.era:
+            self.fail(self._abandoned())
+        self.era, self.so_far = era, self.given
         self.counts[KEPT] = 0.0
+
+    def go_on_from(self, turn: Turn) -> None:
+        """Let it be a later turn of its rollouts' episodes; Abandoned if that belongs to an older era."""
+        if turn.era != self.era:
+            raise self._abandoned()
+        self.given = self.so_far = turn.so_far
+        self.given_tokens = turn.tokens
+
+    def _abandoned(self) -> Abandoned:
+        return Abandoned(f"group {self.group_id} would go on from what a policy sampled that has been taken back")
 
 
 @dataclass(eq=False)

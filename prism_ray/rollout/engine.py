@@ -12,10 +12,9 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from prism_ray.records import Prompt, Rollout
 from prism_ray.rollout.partial import UNFINISHED, Piece, joined, nothing
 from prism_ray.rollout.process import environment
 from prism_ray.rollout.sampling import Request, check_rollouts, versions_of
-from prism_ray.weights import files
-from prism_ray.weights.shared_memory import BACKEND
+from prism_ray.weights import files, gloo  # noqa: F401 - vLLM learns of the backend
+from prism_ray.weights.shared_memory import load_files
+from prism_ray.weights.transports import Link, Superseded, seen_by_vllm
 
 
 class Engine:
@@ -51,6 +51,7 @@ class Engine:
         self._updating = asyncio.Lock()
         self._transfers, self._era = 0, 0
         self._asleep = False
+        self._learner = ""  # whom the engine has a link to
         self.version = 0
 
     @classmethod
@@ -62,7 +63,8 @@ class Engine:
         llm = AsyncLLM.from_engine_args(_arguments(folder, settings, seed))
         engine = cls(llm, encoder, Path(folder), settings)
         await llm.collective_rpc("prepare_for_rollouts", args=(encoder.banned_ids, os.getpid()))
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        if settings.weights == "shared_memory":
+            await llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await engine._label(version)
         return engine
 
@@ -86,10 +88,9 @@ class Engine:
         if finished:
             prompt_ids = self._encoder.prompt(prompt).token_ids.numpy().astype(np.int32)
             known = {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids}
-            sampled.append([replace(r, text=self._text(r.token_ids), **known) for r in finished])
+            sampled.append([replace(r, text=self._text(r.last_response), **known) for r in finished])
         rollouts = sorted(itertools.chain.from_iterable(sampled), key=lambda r: r.index)
-        # What was abandoned ends when the engine may hold an older version already.
-        newest = self.version if request.era >= self._era else sys.maxsize
+        newest = self.version if request.era >= self._era else None
         check_rollouts(rollouts, request.sampling, len(self._encoder.pieces), newest)
         return rollouts
 
@@ -128,13 +129,24 @@ class Engine:
         label = f"weights of version {version}"
         with files.SharedFile() as shared:
             await asyncio.to_thread(shared.write, weights, self._shapes, label)
-            return await self._transfer([shared.path], version)
+            return await self._transfer(lambda: self._take_files([shared.path]), version)
+
+    async def receive(self, link: Link, version: int) -> dict[str, float]:
+        """Go on with the weights that a learner offers over `link` as `version`; returns what `update` does.
+
+        Superseded if the learner has newer ones by now, or is gone: the engine goes on with those it had, or (if they
+        were replaced while it took them) stands still until the next call.
+        """
+        if self._learner != link.learner:
+            await self._connect(link)
+        updates = await link.updates()
+        return await self._transfer(lambda: self._take_offered(link, updates), version)
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Go on with the weights of a checkpoint folder of the same architecture as `version`."""
         found = files.checkpoint_files(folder)
         files.check_complete(files.shapes_in(found), self._shapes, str(folder))
-        return await self._transfer(found, version)
+        return await self._transfer(lambda: self._take_files(found), version)
 
     async def sleep(self) -> None:
         """Decode nothing and give the GPU's memory back until new weights come (on a CPU vLLM gives nothing back)."""
@@ -159,7 +171,38 @@ class Engine:
     def stop(self) -> None:
         self._llm.shutdown()
 
-    async def _transfer(self, paths: Sequence[Path], version: int) -> dict[str, float]:
+    async def _connect(self, link: Link) -> None:
+        """Meet a learner: the first one, or the one that was rebuilt."""
+        if self._learner:
+            await self._llm.shutdown_weight_transfer_engine()
+        self._learner = ""
+        info = WeightTransferInitRequest(await link.prepare(max(1, self._settings.gpus_per_engine)))
+        await asyncio.gather(self._llm.init_weight_transfer_engine(info), link.meet())
+        self._learner = link.learner
+
+    async def _take_offered(self, link: Link, updates: Sequence[dict[str, Any]]) -> None:
+        async def take() -> None:
+            for update in updates:
+                await self._llm.update_weights(WeightTransferUpdateRequest(update))
+
+        await self._llm.start_weight_update()
+        try:
+            await asyncio.gather(take(), link.send())
+        except Superseded as error:  # vLLM cannot begin anew in the midst of an update
+            raise RuntimeError(f"{error}, and had begun to") from error
+        await self._llm.finish_weight_update()
+        await link.confirm()
+
+    async def _take_files(self, paths: Sequence[Path]) -> None:
+        names = [str(path) for path in paths]
+        if self._settings.weights != "shared_memory":
+            await self._llm.collective_rpc("load_files", args=(names,))
+            return
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"files": names}))
+        await self._llm.finish_weight_update()
+
+    async def _transfer(self, take: Callable[[], Awaitable[None]], version: int) -> dict[str, float]:
         """Exchange the weights between two decoding steps.
 
         A failure half-way leaves the engine paused with mixed weights: it must be thrown away.
@@ -170,10 +213,7 @@ class Engine:
             if self._asleep:
                 await self._llm.wake_up(["weights"])  # keys and values only once the weights' copy is gone again
             await self._llm.pause_generation(mode="keep", clear_cache=recompute)
-            await self._llm.start_weight_update()
-            update = WeightTransferUpdateRequest({"files": [str(path) for path in paths]})
-            await self._llm.update_weights(update)
-            await self._llm.finish_weight_update()
+            await take()
             if not recompute:
                 await self._llm.reset_encoder_cache()  # the vision tower changed as well
             self._transfers += 1  # not the version: another stage's policy may have the same
@@ -190,8 +230,8 @@ class Engine:
 
     async def _sample(self, prompt_id: str, asked: Any, request: Request, run: _Run) -> list[Rollout]:
         request_id, sampling = str(next(self._ids)), request.sampling
-        prefix = [] if run.begun is None else run.begun.token_ids.tolist()
-        run.max_tokens = sampling.max_tokens - len(prefix)
+        prefix = 0 if run.begun is None else len(run.begun.token_ids)
+        run.max_tokens = sampling.max_tokens - prefix
         params = SamplingParams(
             n=len(run.indices),
             temperature=sampling.temperature,
@@ -202,9 +242,9 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        tokens = asked["prompt_token_ids"] + prefix
+        full = asked if run.begun is None else self._encoder.going_on(asked, run.begun)
         # Blocks computed under other weights must not match.
-        salted: Any = asked | {"prompt_token_ids": tokens, "cache_salt": str(self._transfers)}
+        salted: Any = full | {"cache_salt": str(self._transfers)}
         if request.era < self._era:  # abandoned on its way here
             return [run.begun or nothing(prompt_id, i) for i in run.indices]
         self._running[request_id] = run
@@ -215,7 +255,7 @@ class Engine:
         finally:
             del self._running[request_id]
         expanded = np.asarray(final.prompt_token_ids, np.int32)
-        prompt_ids = expanded[: len(expanded) - len(prefix)]
+        prompt_ids = expanded[: len(expanded) - prefix]
         return [self._rollout(prompt_id, prompt_ids, completion, run) for completion in final.outputs]
 
     def _rollout(self, prompt_id: str, prompt_ids: np.ndarray, completion: Any, run: _Run) -> Rollout:
@@ -232,7 +272,7 @@ class Engine:
             finish_reason=completion.finish_reason,
         )
         whole = sampled if run.begun is None else joined(run.begun, sampled)
-        return replace(whole, text=self._text(whole.token_ids))
+        return replace(whole, text=self._text(whole.last_response))
 
     def _text(self, token_ids: np.ndarray) -> str:
         return b"".join(self._encoder.pieces[i] for i in token_ids).decode(errors="replace")
@@ -295,6 +335,10 @@ class WorkerExtension:
             head.register_forward_hook(mask)
         _end_with(owner)
 
+    def load_files(self, files: list[str]) -> None:
+        """Load checkpoint files where the engine's own transport takes its weights from elsewhere."""
+        load_files(self, files)
+
 
 PR_SET_PDEATHSIG = 1
 
@@ -320,7 +364,7 @@ if multiprocessing.parent_process() is not None:  # one of vLLM's processes, sti
 
 
 def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> AsyncEngineArgs:
-    memory = settings.kv_cache_gb
+    memory, transport = settings.kv_cache_gb, seen_by_vllm(settings)
     return AsyncEngineArgs(
         model=str(folder),
         dtype=settings.dtype,
@@ -330,7 +374,7 @@ def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> Asyn
         max_num_batched_tokens=settings.max_batched_tokens,
         kv_cache_memory_bytes=None if memory is None else int(memory * 1e9),
         tensor_parallel_size=max(1, settings.gpus_per_engine),
-        distributed_executor_backend="mp" if settings.gpus_per_engine > 1 else "uni",
+        distributed_executor_backend=transport.executor,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=settings.prefix_caching,
         limit_mm_per_prompt={"image": settings.max_images, "video": 0},
@@ -339,6 +383,6 @@ def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> Asyn
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         disable_log_stats=True,
-        weight_transfer_config={"backend": BACKEND},  # pyright: ignore[reportArgumentType]
+        weight_transfer_config={"backend": transport.backend},  # pyright: ignore[reportArgumentType]
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     )

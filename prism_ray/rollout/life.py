@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from prism_ray.rollout.dispatch import Job, Load
 from prism_ray.rollout.partial import Piece, assembled
 from prism_ray.rollout.sampling import EngineFailed
 from prism_ray.runtime.supervision import Lost, Watched
+from prism_ray.weights.transports import Superseded
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ async def hand_over(watched: Watched, weights: Weights, limit_s: float) -> dict[
     return await watched.answer(call, f"take weights {weights.version}", limit_s)
 
 
+async def catch_up(watched: Watched, started: Weights, latest: Callable[[], Weights], limit_s: float) -> None:
+    """Give an engine that was started as `started` what the others hold, whatever is published meanwhile.
+
+    A learner that sets new weights aside is about to publish them: an offer that they have replaced is waited out.
+    """
+    held = started if started.arrays is None and started.folder is None else None
+    while held is not (wanted := latest()):
+        try:
+            await hand_over(watched, wanted, limit_s)
+            held = wanted
+        except Superseded:
+            deadline = time.monotonic() + limit_s
+            while wanted is latest():
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+
+
 class RestartBudget:
     """How often each engine may be replaced within a window; older replacements are forgotten."""
 
@@ -52,6 +71,25 @@ class RestartBudget:
             return 0
         self._spent[index] = [*recent, now]
         return len(recent) + 1
+
+
+class Throughput:
+    """Tokens that each engine has sampled since they were last told."""
+
+    def __init__(self) -> None:
+        self._tokens: Counter[int] = Counter()
+        self._since = time.monotonic()
+
+    def add(self, index: int, tokens: int) -> None:
+        self._tokens[index] += tokens
+
+    def metrics(self, engines: int) -> dict[str, float]:
+        """Tokens per second of all engines and of each of so many; the count begins anew."""
+        now = time.monotonic()
+        elapsed, self._since = max(now - self._since, 1e-9), now
+        each = {f"rollout/engine_tokens_per_second/{i}": self._tokens[i] / elapsed for i in range(engines)}
+        total, self._tokens = self._tokens.total() / elapsed, Counter()
+        return each | {"rollout/tokens_per_second": total}
 
 
 @dataclass(eq=False, kw_only=True)

@@ -7,7 +7,7 @@ under way is a `Rollout` with finish reason `abort`, whose prompt's tokens and t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,15 +45,19 @@ def assembled(prompt_id: str, so_far: Sequence[Rollout], pieces: Iterable[Piece]
 
 def joined(begun: Rollout, rest: Rollout) -> Rollout:
     """One rollout of a beginning and its continuation; text and prompt tokens are those of `rest`."""
-    return Rollout(
+    mask = begun.mask
+    if mask is not None:
+        mask = np.concatenate([mask, np.ones(len(rest.token_ids), np.bool_)])
+    return replace(
+        begun,
         prompt_id=rest.prompt_id,
-        index=begun.index,
         prompt_token_ids=rest.prompt_token_ids,
         token_ids=np.concatenate([begun.token_ids, rest.token_ids]),
         logp=np.concatenate([begun.logp, rest.logp]),
         versions=np.concatenate([begun.versions, rest.versions]),
         text=rest.text,
         finish_reason=rest.finish_reason,
+        mask=mask,
     )
 
 

@@ -22,14 +22,23 @@ import ray
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt
 from prism_ray.rollout.dispatch import KEPT, LOSSES, LOST, REFUSED, Job, Queue
-from prism_ray.rollout.life import PoolEngine, RestartBudget, Weights, fetched, hand_over, set_within
+from prism_ray.rollout.life import (
+    PoolEngine,
+    RestartBudget,
+    Throughput,
+    Weights,
+    catch_up,
+    fetched,
+    hand_over,
+    set_within,
+)
 from prism_ray.rollout.partial import tokens_in
 from prism_ray.rollout.process import environment
-from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling
+from prism_ray.rollout.sampling import EngineFailed, Garbage, Sampling, Turn
 from prism_ray.rollout.worker import ENGINE_ACTOR
 from prism_ray.runtime.placement import ANYWHERE, Places
 from prism_ray.runtime.protocols import Ticket
-from prism_ray.runtime.supervision import Lost, Watched
+from prism_ray.runtime.supervision import Lost, Watched, fetch
 from prism_ray.weights.files import remove_orphans
 
 log = logging.getLogger(__name__)
@@ -58,7 +67,7 @@ class RolloutPool:
         self._jobs: set[Job] = set()
         self._keys, self._era = itertools.count(), 0
         self._changed = asyncio.Event()
-        self._tokens, self._since = 0, time.monotonic()
+        self._throughput = Throughput()
 
     @classmethod
     async def create(
@@ -73,15 +82,25 @@ class RolloutPool:
             raise
         return pool
 
-    async def generate(self, ticket: Ticket) -> Ticket:
+    @property
+    def era(self) -> int:
+        """How often everything in flight was abandoned because the policy went back to an older version."""
+        return self._era
+
+    @property
+    def sampling(self) -> Sampling:
+        """How groups are sampled in the present phase."""
+        s = self.settings
+        return Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
+
+    async def generate(self, ticket: Ticket, sampling: Sampling | None = None, turn: Turn | None = None) -> Ticket:
         """Sample the prompt's group; the returned ticket refers to a `Group` without verdicts.
 
         If its engine is lost meanwhile, another one samples the rest of it, or all of it (`rollout.partial`). The
-        ticket's stats count that.
+        ticket's stats count that. `turn` is what its rollouts go on from in a later turn of their episodes; Abandoned
+        if the policy that sampled that was taken back.
         """
-        s = self.settings
-        sampling = Sampling(s.group_size, s.temperature, self.max_response_tokens or s.max_response_tokens)
-        group, meta = await self._sampled(ticket.ref, ticket.id, sampling)
+        group, meta = await self._sampled(ticket.ref, ticket.id, sampling or self.sampling, turn)
         facts = {name: meta[name] for name in ("oldest_version", "tokens", "total_tokens")}
         return replace(ticket, ref=group, stats=ticket.stats | meta["stats"], **facts)
 
@@ -98,12 +117,13 @@ class RolloutPool:
 
         async def one(index: int, prompt: Prompt) -> Group:
             group, _ = await self._sampled(prompt, index, sampling)
-            return await group
+            return await fetch(group, f"the rollouts of prompt {index}")
 
         return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
     async def publish(self, weights: Any, version: int) -> dict[str, float]:
-        """Give every engine the weights of `version`, a reference to (or a) dict of arrays by Hugging Face name.
+        """Give every engine the weights of `version`, a reference to (or a) dict of arrays by Hugging Face name, or an
+        `Offer` of those that a learner has set aside.
 
         Engines take them between two decoding steps and go on. Returns once all that are alive hold them; one that is
         being replaced gets them before it gets work. Returns metrics.
@@ -171,11 +191,13 @@ class RolloutPool:
 
     # Dispatch
 
-    async def _sampled(self, prompt: Any, group_id: int, sampling: Sampling) -> tuple[Any, dict[str, Any]]:
+    async def _sampled(self, prompt: Any, group_id: int, sampling: Sampling, turn: Turn | None = None) -> Any:
         """A reference to the group and what its ticket needs."""
         if self._failure:
             raise self._failure
         job = Job(next(self._keys), group_id, prompt, sampling, self._era, asyncio.get_running_loop().create_future())
+        if turn is not None:
+            job.go_on_from(turn)
         self._jobs.add(job)
         self._queue.put(job)
         self._dispatch()
@@ -215,7 +237,7 @@ class RolloutPool:
             await fetched(group, self.settings.heartbeat_s)
             job.fail(error)
         else:
-            again = self._unfinished(job, era, group, meta)
+            again = self._unfinished(job, engine.index, era, group, meta)
         engine.leave(job)
         if again:
             self._queue.put(job, first=True)
@@ -223,10 +245,10 @@ class RolloutPool:
                 self._queue.fail(self._failure)
         self._dispatch()
 
-    def _unfinished(self, job: Job, era: int, group: Any, meta: dict[str, Any]) -> bool:
+    def _unfinished(self, job: Job, index: int, era: int, group: Any, meta: dict[str, Any]) -> bool:
         """Hand the group to whoever waits for it; whether it must go on elsewhere instead."""
         if era == job.era and meta["finished"]:
-            self._tokens += meta["tokens"] - int(job.counts[KEPT])
+            self._throughput.add(index, meta["tokens"] - max(job.given_tokens, int(job.counts[KEPT])))
             if not job.done.done():
                 job.done.set_result((group, meta | {"stats": meta["stats"] | job.counts}))
             return False
@@ -249,7 +271,7 @@ class RolloutPool:
         elif self.settings.partial == "continue":
             known = await engine.known(job)
             if era == job.era:
-                job.so_far, job.counts[KEPT] = known, tokens_in(known)
+                job.so_far, job.counts[KEPT] = known or job.given, tokens_in(known)
             else:
                 job.counts[LOST] += tokens_in(known)
         return True
@@ -270,10 +292,7 @@ class RolloutPool:
                 raise
             if not any(answers):
                 await self._any_engine()  # all died: whichever comes back first holds these weights
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
-        rate, self._tokens = self._tokens / elapsed, 0
-        return {
-            "rollout/tokens_per_second": rate,
+        return self._throughput.metrics(self._wanted) | {
             "rollout/engines": float(len(self._ready)),
             "rollout/waiting_groups": float(len(self._queue)),
             "weights/publish_s": time.monotonic() - began,
@@ -337,11 +356,7 @@ class RolloutPool:
             held = self._weights
             await watched.answer(actor.start.remote(held.version), "start", s.start_timeout_s)
             watched.begin()
-            if held.arrays is not None or held.folder is not None:
-                await hand_over(watched, held, s.control_timeout_s)
-            while held is not self._weights:  # published while it was starting
-                held = self._weights
-                await hand_over(watched, held, s.control_timeout_s)
+            await catch_up(watched, held, lambda: self._weights, s.control_timeout_s)
             if self._failure:
                 raise self._failure
         except BaseException:

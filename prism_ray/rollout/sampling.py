@@ -31,8 +31,22 @@ class Request:
     sampling: Sampling
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a later turn of a group's episodes goes on from: a reference to a group whose unfinished rollouts end with
+    the environment's answer, its `tokens`, and the era in which they were sampled."""
+
+    so_far: Any
+    tokens: int
+    era: int
+
+
 class EngineFailed(RuntimeError):
     """An engine that cannot go on; the message names it."""
+
+
+class Abandoned(RuntimeError):
+    """What an episode's turn goes on from was sampled by a policy that has been taken back; the episode begins anew."""
 
 
 class Garbage(EngineFailed):
@@ -47,10 +61,11 @@ def versions_of(spans: Sequence[Any], tokens: int) -> np.ndarray:
     return np.repeat([int(span.version) for span in spans], np.diff(edges)).astype(np.int32)
 
 
-def check_rollouts(rollouts: Sequence[Rollout], sampling: Sampling, vocabulary: int, newest: int) -> None:
+def check_rollouts(rollouts: Sequence[Rollout], sampling: Sampling, vocabulary: int, newest: int | None) -> None:
     """Raise `Garbage` unless these can be the `n` rollouts of a group by a policy of `vocabulary` tokens.
 
-    `newest` is the version that the engine holds now: no token can be of a later one.
+    `newest` is the version that the engine holds now: no token can be of a later one. None: the group was abandoned.
+    Then it may be unfinished, and the engine may hold an older version already.
     """
     if [r.index for r in rollouts] != list(range(sampling.n)):
         raise Garbage(f"rollouts {[r.index for r in rollouts]} where {sampling.n} were asked for")
@@ -59,11 +74,13 @@ def check_rollouts(rollouts: Sequence[Rollout], sampling: Sampling, vocabulary: 
             raise Garbage(f"rollout {rollout.index} of prompt {rollout.prompt_id} with {wrong}")
 
 
-def _wrong(rollout: Rollout, sampling: Sampling, vocabulary: int, newest: int) -> str:
+def _wrong(rollout: Rollout, sampling: Sampling, vocabulary: int, newest: int | None) -> str:
     ids, logp, versions = rollout.token_ids, rollout.logp, rollout.versions
     if not len(ids) == len(logp) == len(versions) <= sampling.max_tokens:
         lengths = f"{len(ids)} tokens, {len(logp)} log-probs and {len(versions)} versions"
         return f"{lengths}, at most {sampling.max_tokens} of each"
+    if rollout.finish_reason == "abort" and newest is not None:
+        return f"an end after {len(ids)} tokens that nobody asked for"
     if not len(ids):
         return "" if rollout.finish_reason == "abort" else "no token"
     if ids.min() < 0 or ids.max() >= vocabulary:
@@ -72,6 +89,6 @@ def _wrong(rollout: Rollout, sampling: Sampling, vocabulary: int, newest: int) -
         return "a log-prob that is not finite"
     if logp.max() > 1e-3:  # rounding may leave a certain token a little above 0
         return f"a log-prob of {logp.max():g}"
-    if versions.min() < 0 or versions.max() > newest:
+    if versions.min() < 0 or (newest is not None and versions.max() > newest):
         return f"versions {versions.min()} to {versions.max()} while it held {newest}"
     return ""

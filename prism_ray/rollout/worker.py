@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.rollout.partial import UNFINISHED, Piece
 from prism_ray.rollout.sampling import EngineFailed, Garbage, Request
 from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP
+from prism_ray.weights.transports import Offer, Superseded, merged
 
 if TYPE_CHECKING:
     from prism_ray.rollout.engine import Engine
@@ -52,7 +54,7 @@ class EngineWorker:
         lengths = [len(r.token_ids) for r in rollouts]
         stats = {
             "rollout/seconds": time.monotonic() - began,
-            "rollout/response_tokens": sum(lengths) / len(lengths),
+            "rollout/response_tokens": sum(r.sampled for r in rollouts) / len(rollouts),
             "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
             "rollout/mixed_share": sum(len(set(r.versions.tolist())) > 1 for r in rollouts) / len(rollouts),
         }
@@ -72,8 +74,10 @@ class EngineWorker:
         await self._on_engine_loop(self._engine.end_all(before))
 
     @ray.method(concurrency_group="control")
-    async def update(self, weights: dict[str, Any], version: int) -> dict[str, float]:
-        """Take a learner's weights as `version`; returns metrics."""
+    async def update(self, weights: dict[str, Any] | Offer, version: int) -> dict[str, float]:
+        """Take a learner's weights, or fetch those it offers, as `version`; returns metrics."""
+        if isinstance(weights, Offer):
+            return await self._on_engine_loop(self._engine.receive(LearnerLink(weights, self._name), version))
         return await self._on_engine_loop(self._engine.update(weights, version))
 
     @ray.method(concurrency_group="control")
@@ -107,12 +111,48 @@ class EngineWorker:
     async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
         try:
             return await work
-        except (ValueError, FileNotFoundError):
+        except (ValueError, FileNotFoundError, Superseded):
             raise
         except Garbage as error:
             raise Garbage(f"{self._name} returned garbage: {error}") from None
         except Exception as error:  # vLLM's own errors do not all survive pickling, and callers need the name
             raise EngineFailed(f"{self._name} failed: {type(error).__name__}: {error}") from None
+
+
+class LearnerLink:
+    """Fulfils `weights.transports.Link`: asks the learner's ranks of an offer, in the name of an engine."""
+
+    def __init__(self, offer: Offer, name: str):
+        self._offer, self._name = offer, name
+        self.learner = offer.learner
+
+    async def prepare(self, workers: int) -> dict[str, Any]:
+        first, *_ = await self._all("link_prepare", workers)
+        return first
+
+    async def meet(self) -> None:
+        await self._all("link_meet")
+
+    async def updates(self) -> list[dict[str, Any]]:
+        return merged(await self._all("link_updates", self._offer.number))
+
+    async def send(self) -> None:
+        await self._all("link_send")
+
+    async def confirm(self) -> None:
+        await self._all("link_confirm", self._offer.number)
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        calls = [getattr(rank, method).remote(self._name, *args) for rank in self._offer.ranks]
+        return list(await asyncio.gather(*(self._answered(call) for call in calls)))
+
+    async def _answered(self, call: Any) -> Any:
+        try:
+            return await call
+        except RayActorError as error:  # not this engine's fault, and it can take another learner's weights
+            raise Superseded(f"the learner died while {self._name} was to fetch its weights") from error
+        except RayTaskError as error:
+            raise error.cause from None
 
 
 async def _now(work: Any) -> Any:

@@ -14,6 +14,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
+from prism_ray.runtime.idle import Idle
 from prism_ray.runtime.protocols import Ticket
 
 
@@ -21,12 +22,15 @@ class StallError(TimeoutError):
     """The learner waited too long for a batch; the message says which groups were where."""
 
 
+GENERATION, VERDICT, JOURNAL = "generation", "verdict", "journal"
+"""What a group in flight waits for."""
+
+
 @dataclass(frozen=True)
 class _Waiting:
     version: int
     """Learner version when the group was submitted."""
     phase: str
-    """What the group waits for: `generation`, `verdict`, `journal`."""
 
 
 class Buffer:
@@ -35,6 +39,8 @@ class Buffer:
     def __init__(self, groups_per_step: int, max_staleness: int):
         self.groups_per_step = groups_per_step
         self.max_staleness = max_staleness
+        self.idle = Idle()
+        """By phase: how many groups are in it, and how long none was."""
         self._flying: dict[int, _Waiting] = {}
         self._ready: dict[int, tuple[int, Ticket]] = {}
         # How many of them were submitted at each version: there are as many versions as the bound allows, however many
@@ -47,16 +53,20 @@ class Buffer:
         """A group has been submitted at this learner version."""
         if ticket_id in self._flying or ticket_id in self._ready:
             raise ValueError(f"group {ticket_id} was submitted twice")
-        self._flying[ticket_id] = _Waiting(version, "generation")
+        self._flying[ticket_id] = _Waiting(version, GENERATION)
+        self.idle.enter(GENERATION)
         self._flying_from[version] += 1
 
     def moved(self, ticket_id: int, phase: str) -> None:
-        """The group now waits for something else (for the message of a stall)."""
-        self._flying[ticket_id] = _Waiting(self._flying[ticket_id].version, phase)
+        """The group now waits for something else."""
+        before = self._flying[ticket_id]
+        self._flying[ticket_id] = _Waiting(before.version, phase)
+        self.idle.leave(before.phase)
+        self.idle.enter(phase)
 
     def waiting_for(self, phase: str) -> int:
         """How many groups wait for that."""
-        return sum(waiting.phase == phase for waiting in self._flying.values())
+        return self.idle.count(phase)
 
     def add(self, ticket: Ticket) -> None:
         """The group is judged and in the journal: it may train."""
@@ -72,6 +82,7 @@ class Buffer:
 
     def _land(self, ticket_id: int) -> _Waiting:
         waiting = self._flying.pop(ticket_id)
+        self.idle.leave(waiting.phase)
         _take_one(self._flying_from, waiting.version)
         return waiting
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prism_ray.config.runtime import LoopSettings
+from prism_ray.runtime.journal import sync
 from prism_ray.runtime.loop import LoopState
 from prism_ray.runtime.protocols import Prompts, Ticket
 
@@ -28,10 +29,19 @@ def folder_for(state_folder: Path, version: int) -> Path:
     return state_folder / f"{version:06d}"
 
 
+def settle(state_folder: Path, version: int) -> None:
+    """Have the disk hold what the rooms wrote of a checkpoint, before `commit` removes the older ones: a crash of the
+    system loses what is only in memory. May take as long as writing it."""
+    folder = folder_for(state_folder, version)
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def commit(state_folder: Path, state: LoopState) -> None:
     """Make the checkpoint of `state.version` the one a resume finds, then remove the older ones.
 
-    The rooms have written theirs by now; the pointer is replaced in one step, so a crash leaves the old or the new.
+    The rooms have written theirs by now, and the disk has it (`settle`); the pointer is replaced in one step, so a
+    crash leaves the old or the new.
     """
     state_folder.mkdir(parents=True, exist_ok=True)
     temporary = state_folder / (_LATEST + ".new")
@@ -40,6 +50,7 @@ def commit(state_folder: Path, state: LoopState) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(state_folder / _LATEST)
+    sync(state_folder)
     current = folder_for(state_folder, state.version)
     for old in state_folder.iterdir():
         if old.is_dir() and old != current:
@@ -75,16 +86,19 @@ class Restoring(Protocol):
 
     last_id: int
 
-    async def restore(self, consumed: set[int], version: int) -> list[Ticket]: ...
-    async def resume(self, version: int, used: Iterable[int]) -> None: ...
+    async def restore(self, consumed: set[int], version: int, judge_version: int) -> list[Ticket]: ...
+    async def resume(self, version: int, judge_version: int, used: Iterable[int]) -> None: ...
 
 
-async def take_up(keeper: Restoring, state: LoopState, settings: LoopSettings) -> tuple[list[Ticket], set[int]]:
-    """The journalled groups that a run resumed at `state` trains on, and the stream positions that are used by them or
-    were before. Later resumes will not find the other groups; `state.next_id` is set past all ids that were given."""
-    found = await keeper.restore(set(state.groups), state.version)
+async def take_up(
+    keeper: Restoring, state: LoopState, judge_version: int, settings: LoopSettings
+) -> tuple[list[Ticket], set[int]]:
+    """The journalled groups that a run resumed at `state`, with a judge of that version, trains on, and the stream
+    positions that are used by them or were before. Later resumes will not find the other groups; `state.next_id` is set
+    past all ids that were given."""
+    found = await keeper.restore(set(state.groups), state.version, judge_version)
     restored = usable(found, state.version, settings.groups_per_step, settings.max_staleness)
-    await keeper.resume(state.version, [t.id for t in restored])
+    await keeper.resume(state.version, judge_version, [t.id for t in restored])
     state.next_id = max(state.next_id, keeper.last_id + 1)
     if state.version or found:
         log.info("%d of %d judged groups in the journal are used", len(restored), len(found))

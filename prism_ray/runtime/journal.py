@@ -8,8 +8,9 @@ Three kinds of entry (`runtime/keeper.py` writes them):
 
 * `{"ticket": …, "group": Group}`: a judged group. The same id again replaces it (a repeated append, or new verdicts).
 * `{"update": version, "groups": [id]}`: these groups trained the update that starts from this version.
-* `{"resumed": version, "groups": [id]}`: a checkpoint of this version was taken up. Of the groups before this entry
-  only these still count, and of the updates those from lower versions.
+* `{"resumed": version, "judge": version, "groups": [id]}`: a checkpoint of this version, with a judge of that one, was
+  taken up. Of the groups before this entry only these still count, without verdicts of later versions of the judge, and
+  of the updates those from lower versions.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prism_ray import codec
+from prism_ray.records import UNDONE
 
 KEPT = "kept"
 """Folder inside the journal's for segments that no checkpoint needs any more, where they are kept at all."""
@@ -100,6 +102,8 @@ class Journal:
         if self._file is None or self._file.tell() >= self._limit:
             self.close()
             self._file = self._next()
+            if self._fsync:
+                sync(self._folder)  # its name, too
         return self._file
 
     def _next(self) -> BinaryIO:
@@ -110,6 +114,15 @@ class Journal:
                 return open(self._folder / f"{self._number:06d}{_SUFFIX}", "xb", buffering=0)
             except FileExistsError:
                 continue
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before anything that comes after."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def segments(folder: Path) -> list[Path]:
@@ -125,24 +138,36 @@ def read(folder: Path, salvage: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def surviving(
-    entries: Iterable[dict[str, Any]], consumed: Container[int], version: int, hold: Callable[[Any], Any]
+    entries: Iterable[dict[str, Any]],
+    consumed: Container[int],
+    version: int,
+    judge_version: int,
+    hold: Callable[[Any], Any],
 ) -> tuple[list[tuple[dict[str, Any], Any]], int]:
-    """What a stage that goes on at `version` may use: tickets and groups (each as `hold` puts it away) that no update
-    has `consumed` and that were sampled up to that version; and the highest id there was, or -1.
+    """What a stage that goes on at `version`, with a judge of `judge_version`, may use: tickets and groups (each as
+    `hold` puts it away) that no update has `consumed` and that were sampled up to that version; and the highest id
+    there was, or -1.
 
-    Later versions are of updates that were undone: their numbers will name other weights.
+    Later versions are of updates that were undone: their numbers will name other weights. Where they are the judge's,
+    the ticket's `judge_version` is UNDONE.
     """
     found: dict[int, tuple[dict[str, Any], Any]] = {}
     last_id = -1
     for entry in entries:
         if "resumed" in entry:
-            found = {i: found[i] for i in entry["groups"] if i in found}
+            found = {i: _judged_until(entry["judge"], found[i]) for i in entry["groups"] if i in found}
         elif "group" in entry:
             ticket, group = entry["ticket"], entry["group"]
             last_id = max(last_id, ticket["id"])
             if ticket["id"] not in consumed and group.newest_version <= version:
                 found[ticket["id"]] = (ticket, hold(group))
-    return list(found.values()), last_id
+    return [_judged_until(judge_version, one) for one in found.values()], last_id
+
+
+def _judged_until(version: int, found: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
+    """A ticket and its group; a judge's version after this one becomes UNDONE."""
+    ticket, group = found
+    return (ticket if ticket["judge_version"] <= version else ticket | {"judge_version": UNDONE}), group
 
 
 def _read_segment(path: Path, salvage: bool) -> Iterator[dict[str, Any]]:

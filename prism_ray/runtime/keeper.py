@@ -61,19 +61,20 @@ class JournalKeeper:
             self._judged.pop(ticket_id, None)
         await self._ask("remove old segments", "remove_before", min(self._segments.values(), default=None))
 
-    async def restore(self, consumed: set[int], version: int) -> list[Ticket]:
-        """Tickets of journalled groups that no checkpointed update has consumed, sampled up to this policy version.
-        `resume` must say afterwards which of them are used."""
-        entries, last_id = await self._ask("read its segments", "restore", consumed, version)
+    async def restore(self, consumed: set[int], version: int, judge_version: int) -> list[Ticket]:
+        """Tickets of journalled groups that no checkpointed update has consumed, sampled up to this policy version; the
+        verdicts of some may be UNDONE. `resume` must say afterwards which of them are used."""
+        entries, last_id = await self._ask("read its segments", "restore", consumed, version, judge_version)
         self.last_id = max(self.last_id, last_id)
         self._judged = {meta["id"]: meta["judge_version"] for meta, _ in entries}
         return [Ticket(ref=ref, **meta) for meta, ref in entries]
 
-    async def resume(self, version: int, used: Iterable[int]) -> None:
-        """The stage goes on from `version` with these of the restored groups; no other that is in the journal counts
-        any more, then and at later resumes."""
+    async def resume(self, version: int, judge_version: int, used: Iterable[int]) -> None:
+        """The stage goes on from these versions with these of the restored groups; no other that is in the journal
+        counts any more, then and at later resumes."""
         used = list(used)
-        number = await self._ask("note the resume", "append", {"resumed": version, "groups": used})
+        entry = {"resumed": version, "judge": judge_version, "groups": used}
+        number = await self._ask("note the resume", "append", entry)
         self._newest = max(self._newest, number)
         self._segments = dict.fromkeys(used, 0)  # keeps the old segments until these are consumed
 
@@ -124,8 +125,11 @@ class _Keeper:
     def remove_before(self, number: int | None) -> None:
         self._journal.remove_before(number)
 
-    def restore(self, consumed: set[int], version: int) -> tuple[list[tuple[dict[str, Any], Any]], int]:
-        return journal.surviving(journal.read(self._folder, self._salvage), consumed, version, ray.put)
+    def restore(
+        self, consumed: set[int], version: int, judge_version: int
+    ) -> tuple[list[tuple[dict[str, Any], Any]], int]:
+        entries = journal.read(self._folder, self._salvage)
+        return journal.surviving(entries, consumed, version, judge_version, ray.put)
 
 
 _KEEPER_ACTOR: Any = cast(Any, ray.remote)(concurrency_groups=HEALTH_GROUP)(_Keeper)

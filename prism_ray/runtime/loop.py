@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from prism_ray.config.runtime import LoopSettings
-from prism_ray.runtime.buffer import Buffer
+from prism_ray.runtime.buffer import GENERATION, JOURNAL, VERDICT, Buffer, StallError
 from prism_ray.runtime.gate import submission_limit
 from prism_ray.runtime.informative import Informative
-from prism_ray.runtime.protocols import Judge, Learner, Prompts, Rollouts, Ticket
+from prism_ray.runtime.protocols import Judge, Learner, Prompts, Ratios, Rollouts, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ class Loop:
         ticket = await self.rollouts.generate(ticket)
         if ticket.oldest_version < submitted:
             return self._give_back(ticket, prompt, submitted)
-        self.buffer.moved(ticket.id, "verdict")
+        self.buffer.moved(ticket.id, VERDICT)
         ticket = await self.judge.judge(ticket)
         if not self.informative.keeps(ticket):
             return self._drop(ticket)
-        self.buffer.moved(ticket.id, "journal")
+        self.buffer.moved(ticket.id, JOURNAL)
         await self.keeper.append(ticket)
         self.buffer.add(ticket)
 
@@ -175,7 +175,7 @@ class Loop:
             if self.settings.max_staleness == 0:
                 await publishing
             busy = time.monotonic() - began
-            metrics |= {"learner/wait_share": waited / busy, "time/step_s": busy}
+            metrics |= {"learner/wait_share": waited / busy, "time/step_s": busy} | self._waits()
             metrics |= _batch_metrics(batch, self.state.version - 1) | self.informative.metrics()
             metrics |= {"staleness/given_back": float(self._stale)}
             await self.on_step(self.state, metrics)
@@ -184,8 +184,14 @@ class Loop:
 
     def _under_way(self) -> dict[str, float]:
         """Where the groups are that are not ready: what the learner has to wait for next."""
-        phases = {"loop/generating": "generation", "loop/judging": "verdict"}
+        phases = {"loop/generating": GENERATION, "loop/judging": VERDICT}
         return {name: float(self.buffer.waiting_for(phase)) for name, phase in phases.items()}
+
+    def _waits(self) -> dict[str, float]:
+        """Since the last update, the share of time in which no group was being sampled (the gate waits for new weights,
+        or the stream for prompts), and that in which the judge neither judged nor learned."""
+        shares = self.buffer.idle.shares(GENERATION, VERDICT)
+        return {"rollout/wait_share": shares[GENERATION], "judge/wait_share": shares[VERDICT]}
 
     async def _take(self) -> list[Ticket]:
         batch = await self.buffer.take(self.state.version, self.settings.stall_timeout_s)
@@ -195,16 +201,29 @@ class Loop:
     async def _fresh(self, batch: list[Ticket]) -> tuple[list[Ticket], dict[str, float]]:
         """The batch with verdicts within `max_judge_lag`, and metrics of how old they are.
 
-        A verdict by weights that the judge no longer knows (it went back to a checkpoint) is too old as well.
+        A verdict by weights that were undone (the judge went back to a checkpoint) is too old as well.
         """
-        most, now = self.settings.max_judge_lag, self.judge.version
-        late = [ticket for ticket in batch if not 0 <= now - ticket.judge_version <= most]
+        now = self.judge.version
+        recent = range(max(0, now - self.settings.max_judge_lag), now + 1)  # UNDONE is below
+        late = [ticket for ticket in batch if ticket.judge_version not in recent]
         if late:
-            anew = {t.id: t for t in await asyncio.gather(*(self.judge.judge(t) for t in late))}
+            anew = {t.id: t for t in await self._judged_anew(late)}
             batch = [anew.get(ticket.id, ticket) for ticket in batch]
         lags = [now - t.judge_version for t in batch]
         metrics = {"staleness/judge_max": float(max(lags)), "staleness/judge_mean": sum(lags) / len(lags)}
         return batch, metrics | {"staleness/judged_again": float(len(late))}
+
+    async def _judged_anew(self, late: list[Ticket]) -> list[Ticket]:
+        limit = self.settings.stall_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await asyncio.gather(*(self.judge.judge(t) for t in late))
+        except TimeoutError:
+            raise StallError(
+                f"update {self.state.version + 1} waited {limit:.0f} s for new verdicts on groups "
+                f"{[t.id for t in late][:8]}, whose own were too old. Look at the judge's log, or raise this stage's "
+                "loop.stall_timeout_s"
+            ) from None
 
     async def _learn(self, batch: list[Ticket]) -> dict[str, float]:
         """One step of the policy and one of the judge, at the same time unless the judge needs the policy's ratios:
@@ -212,9 +231,16 @@ class Loop:
         version = self.state.version
         if self.judge.wants_ratios:
             policy = await self.learner.update(batch, version)
-            return policy | await self.judge.learn(batch, version, self.learner.ratios())
-        policy, judge = await asyncio.gather(self.learner.update(batch, version), self.judge.learn(batch, version))
+            return policy | await self._teach(batch, version, self.learner.ratios())
+        policy, judge = await asyncio.gather(self.learner.update(batch, version), self._teach(batch, version))
         return policy | judge
+
+    async def _teach(self, batch: list[Ticket], version: int, ratios: Ratios | None = None) -> dict[str, float]:
+        self.buffer.idle.enter(VERDICT)  # the judge is at work
+        try:
+            return await self.judge.learn(batch, version, ratios)
+        finally:
+            self.buffer.idle.leave(VERDICT)
 
     async def _update(self, batch: list[Ticket]) -> dict[str, float]:
         """The next version of policy and judge."""

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 HEALTH = "health"
 """The concurrency group of an actor's `alive`."""
@@ -19,6 +20,10 @@ HEALTH = "health"
 HEALTH_GROUP = {HEALTH: 1}
 """For `ray.remote(concurrency_groups=...)`. The actor's other methods still run one after the other, all in one thread,
 which is not the one its constructor ran in: what is set per thread must be set by a method."""
+
+
+FETCH_S = 300.0
+"""Longest wait for an object of this cluster's store: it comes at the speed of the network, or not at all."""
 
 
 class Lost(RuntimeError):
@@ -70,6 +75,11 @@ class Watched:
         """Whether the actor is known to be dead or to hang."""
         return self._lost.is_set()
 
+    @property
+    def loss(self) -> str:
+        """Who was lost and how, or "" as long as nothing is known of it."""
+        return f"{self.name} {self._why}" if self.is_lost else ""
+
     def close(self) -> None:
         """No more pings; the actor itself is not touched."""
         if self._beating is not None:
@@ -98,6 +108,35 @@ class Watched:
             except RayTaskError as error:
                 return self._lose(f"is not well ({error.cause})", error)
             await asyncio.sleep(self.heartbeat_s / 3)
+
+
+async def fetch(reference: Any, what: str, limit_s: float = FETCH_S) -> Any:
+    """What a reference stands for.
+
+    Raises TimeoutError, which says `what` did not come, and what the store or the task that makes it raised.
+    """
+    value = asyncio.ensure_future(_value(reference))
+    try:
+        await asyncio.wait({value}, timeout=limit_s)
+        if not value.done():
+            raise TimeoutError(f"waited {limit_s:g} s for {what}; look into the log of the node or actor that has it")
+        return value.result()
+    except RayTaskError as error:
+        raise error.cause from None
+    finally:
+        value.cancel()
+
+
+def blocking_answer(call: Any, name: str, what: str, limit_s: float) -> Any:
+    """The value of a call to an actor that nobody watches, where there is no event loop; raises as `Watched.answer`."""
+    try:
+        return ray.get(call, timeout=limit_s)
+    except GetTimeoutError:
+        raise TimeoutError(f"waited {limit_s:g} s for {name} to {what}") from None
+    except RayActorError as error:
+        raise Lost(f"{name} died while it was to {what}: {_first_line(error)}") from error
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 async def _value(call: Awaitable[Any]) -> Any:

@@ -27,8 +27,9 @@ from prism_ray.corpora.collect import CapReached, Collector, Fatal, Tally
 from prism_ray.corpora.collect_client import Secret, Teacher
 from prism_ray.corpora.collect_journal import FILE, CollectError, Journal, State, Tokens, replay
 from prism_ray.corpora.collect_request import estimate_tokens, key_of
+from prism_ray.corpora.files import names_of
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, find_fragments
+from prism_ray.corpora.reader import Piece, counted, find_fragments, rows_of
 from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import read_prompts
 from prism_ray.records import Prompt
@@ -44,26 +45,26 @@ class Prompts:
     """The usable prompts of the corpora, in the files' order; what cannot be used goes into quarantine."""
 
     def __init__(self, settings: CollectSettings) -> None:
-        self._fragments = find_fragments(settings.prompts)
+        self._fragments = counted(find_fragments(settings.prompts, max_json_mb=settings.corpora.max_json_mb))
         self._settings = settings
-        rows = sum(fragment.rows for fragment in self._fragments)
+        rows = sum(map(rows_of, self._fragments))
         self.rows = min(rows, settings.limit or rows)
         """Rows that are looked at."""
-        name = ", ".join(map(str, settings.prompts))
-        self.quarantine = Quarantine(name, rows, settings.corpora.max_bad_share)
+        self.quarantine = Quarantine(names_of(settings.prompts), rows, settings.corpora.max_bad_share)
 
     def read(self, decode: bool) -> Iterator[Prompt]:
         """Every usable prompt; `decode` looks at the images as a whole. CorpusError where too many are unusable."""
         needs = Requirements(decode=decode, max_image_pixels=self._settings.corpora.max_image_pixels)
         position = 0
         for fragment in self._fragments:
-            piece = Piece(fragment, np.arange(min(fragment.rows, self.rows - position)), position)
+            rows = rows_of(fragment)
+            piece = Piece(fragment, np.arange(min(rows, self.rows - position)), position)
             for _, item in read_prompts(piece, needs):
                 if isinstance(item, Quarantined):
                     self.quarantine.add([item])
                 else:
                     yield item
-            position += fragment.rows
+            position += rows
             if position >= self.rows:
                 return
 

@@ -12,9 +12,8 @@ import hashlib
 import io
 import json
 import logging
-import signal
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from PIL import Image
 from prism_ray.config.curate import CurateSettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.curation import STATISTICS, for_rl, pairs_of, statistics_of, summary_of, unsolved
+from prism_ray.corpora.files import Fragment
 from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.references import row_of, writing
@@ -34,10 +34,13 @@ from prism_ray.models.load import check_policy
 from prism_ray.planning import layout
 from prism_ray.records import Group, Prompt
 from prism_ray.report.progress import Progress
+from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
+from prism_ray.runtime.supervision import fetch
+from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -45,8 +48,6 @@ log = logging.getLogger(__name__)
 
 _STAMP = "curation.json"
 _PART = pa.schema([*STATISTICS, ("texts", pa.list_(pa.string()))])
-_CLEANING_S = 30.0
-"""Longest wait for engines to end after a signal; what is not noted by then is sampled again."""
 _AHEAD = 2
 """Batches under way: the engines work on the next one while the last responses of this one are awaited."""
 
@@ -62,7 +63,7 @@ def check_inputs(settings: CurateSettings) -> None:
     """
     check_policy(settings.policy)
     make_environment(settings.verify.environment, settings.verify.options).close()
-    find_fragments(settings.prompts, ("prompt", "reward_model"))
+    _fragments(settings, "prompt", "reward_model")
     stamp, made_with = settings.output / _STAMP, _what_shapes(settings)
     if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
         changed = ", ".join(name for name in made_with if before.get(name) != made_with[name])
@@ -78,11 +79,15 @@ def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
     names = {"group_size", "temperature", "max_response_tokens", "max_model_len", "dtype"}
     return {
         "policy": [str(settings.policy.resolve()), *_stats(sorted(settings.policy.glob("*.safetensors")))],
-        "prompts": _stats(sorted({Path(f.file) for f in find_fragments(settings.prompts)})),
+        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings, "prompt")})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
-        "verify": [settings.verify.environment, settings.verify.options],
+        "verify": verdicts_of(settings.verify),
         "seed": settings.seed,
     }
+
+
+def _fragments(settings: CurateSettings, *columns: str) -> list[Fragment]:
+    return find_fragments(settings.prompts, columns, settings.corpora.max_json_mb)
 
 
 def _stats(files: Sequence[Path]) -> list[Any]:
@@ -97,32 +102,12 @@ def start_cluster(settings: CurateSettings) -> None:
 
 async def curate(settings: CurateSettings) -> dict[str, Any] | None:
     """Sample what is missing and write the results; returns the summary, or None if it was interrupted."""
-    order = RowOrder(find_fragments(settings.prompts), settings.seed)
+    order = RowOrder(_fragments(settings, "prompt"), settings.seed)
     wanted = min(order.rows, settings.limit or order.rows)
     parts = Parts(settings.output / "parts")
-    if parts.next < wanted and not await _until_signal(_sample_all(settings, parts, wanted)):
+    if parts.next < wanted and not await until_signal(_sample_all(settings, parts, wanted)):
         return None
     return await asyncio.to_thread(write_results, settings, order, parts, wanted)
-
-
-async def _until_signal(work: Coroutine[Any, Any, None]) -> bool:
-    """Whether the work came to its end before Ctrl-C or SIGTERM, which cancel it."""
-    task, loop, stopped = asyncio.create_task(work), asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    stopping = asyncio.create_task(stopped.wait())
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return True
-        task.cancel()
-        await asyncio.wait({task}, timeout=_CLEANING_S)
-        return False
-    finally:
-        stopping.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 class Parts:
@@ -174,7 +159,10 @@ async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> No
     try:
         places = EnginePlaces(held, layout.engines(settings.rollout), False, settings.rollout)
         engines = await RolloutPool.create(settings.policy, seeded, places=places)
-        verifiers = VerifierPool(settings.verify)
+        if settings.verify.max_turns > 1:
+            verifiers = EpisodePool(settings.verify, settings.policy).over(engines)
+        else:
+            verifiers = VerifierPool(settings.verify)
         with Progress("curate", wanted) as progress:
             await _batches(settings, _Rooms(stream, engines, verifiers), parts, wanted, progress)
     finally:
@@ -192,7 +180,7 @@ class _Rooms:
 
     stream: PromptStream
     engines: RolloutPool
-    verifiers: VerifierPool
+    verifiers: VerifierPool | EpisodePool
 
 
 async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted: int, progress: Progress) -> None:
@@ -201,7 +189,7 @@ async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted
     try:
         while not exhausted or under_way:
             if not exhausted and len(under_way) < _AHEAD:
-                batch, exhausted = await _next_batch(rooms.stream, settings.batch, wanted)
+                batch, exhausted = await next_batch(rooms.stream, settings.batch, wanted)
                 after = wanted if exhausted else batch[-1][0] + 1
                 under_way.append((asyncio.create_task(_measured(batch, settings, rooms)), after))
                 continue
@@ -216,32 +204,25 @@ async def _batches(settings: CurateSettings, rooms: _Rooms, parts: Parts, wanted
             task.cancel()
 
 
-async def _next_batch(stream: PromptStream, size: int, wanted: int) -> tuple[list[tuple[int, Any]], bool]:
-    """Positions of the next prompts with references to them, and whether they are the last."""
-    batch: list[tuple[int, Any]] = []
-    while len(batch) < size:
-        _, position, ref = await stream.take()
-        if position >= wanted:
-            return batch, True
-        batch.append((position, ref))
-    return batch, False
-
-
 async def _measured(batch: list[tuple[int, Any]], settings: CurateSettings, rooms: _Rooms) -> list[dict[str, Any]]:
-    """Sample a batch and judge it; the rows of its part."""
-    prompts: list[Prompt] = [await ref for _, ref in batch]
-    rollout = settings.rollout
-    groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
-    judged = await asyncio.gather(*(_judged(group, rooms.verifiers) for group in groups))
+    """Sample a batch and judge it; the rows of its part. What was said in several turns makes no pair with a reference:
+    its text is not kept."""
+    prompts: list[Prompt] = [await fetch(ref, f"the prompt of row {position}") for position, ref in batch]
+    rollout, verifiers = settings.rollout, rooms.verifiers
+    if isinstance(verifiers, EpisodePool):
+        judged = await verifiers.sample(prompts, rooms.engines.sampling)
+    else:
+        groups = await rooms.engines.sample(prompts, rollout.group_size, rollout.temperature)
+        judged = await asyncio.gather(*(_judged(group, verifiers) for group in groups))
     return [
-        statistics_of(group, position) | {"texts": [rollout.text for rollout in group.rollouts]}
+        statistics_of(group, position) | {"texts": [rollout.text for rollout in group.rollouts if not rollout.turns]}
         for (position, _), group in zip(batch, judged, strict=True)
     ]
 
 
 async def _judged(group: Group, verifiers: VerifierPool) -> Group:
     ticket = await verifiers.judge(Ticket(group.id, group.prompt.id, 0, group))
-    return await ticket.ref
+    return await fetch(ticket.ref, f"judged group {group.id}")
 
 
 def _numbers(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from prism_ray.corpora.stream import PromptStream
 from prism_ray.records import Group, Prompt
 from prism_ray.report.evaluation import accuracy, evaluation_metrics
 from prism_ray.report.progress import Progress
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
 
@@ -50,6 +51,7 @@ async def run_evaluate(session: Session, stages: Sequence[str]) -> Outcome:
             if unseen:
                 metrics["accuracy_unseen"] = accuracy(await engines.sample(unseen, 1, greedy=True), truth)
             session.summary.evaluation(LABELS[stage], metrics)
+            session.metrics.evaluated(LABELS[stage], metrics)
             samples += _samples(LABELS[stage], sampled[: session.settings.evaluate.samples_in_report], truth)
             progress.update(
                 number, accuracy=metrics["accuracy"]["mean"], accuracy_greedy=metrics["accuracy_greedy"]["mean"]
@@ -84,9 +86,10 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
         quarantine=session.quarantine,
     )
     try:
-        count = min(settings.evaluate.prompts, stream.rows)
+        count = stream.order.first(settings.evaluate.prompts)
         taken = [await stream.take() for _ in range(count)]
-        return [await ref for _, position, ref in taken if position < stream.rows]
+        first_epoch = [one for one in taken if stream.order.first(one[1] + 1) > one[1]]
+        return [await fetch(ref, f"prompt {name}") for name, _, ref in first_epoch]
     finally:
         stream.shutdown()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,25 +18,29 @@ from ray.exceptions import ObjectLostError
 
 from prism_ray.config.run import RunSettings
 from prism_ray.config.stages import PhaseSettings
+from prism_ray.corpora.files import Source
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.learner.group import LearnerGroup
 from prism_ray.learner.step import Recipe
 from prism_ray.report.progress import Progress
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime import checkpoint
+from prism_ray.runtime.elastic import Following
 from prism_ray.runtime.keeper import JournalKeeper
 from prism_ray.runtime.loop import Loop, LoopState
-from prism_ray.runtime.protocols import Judge, Ratios, Ticket
+from prism_ray.runtime.protocols import Judge, Ratios, Rollouts, Ticket
 from prism_ray.runtime.supervision import Lost
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.samples import SampleLog
 from prism_ray.stages.session import CLEANING_S, Interrupted, Session
+from prism_ray.weights.transports import Superseded, Wire
 
 log = logging.getLogger(__name__)
 
-GONE = (Lost, ObjectLostError)
-"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs, or
-the object store lost a group (with its node, or under pressure)."""
+GONE = (Lost, ObjectLostError, Superseded)
+"""What ends an attempt at a phase, but not the phase: a rank of the learner or the judge's trainer died or hangs (an
+engine that fetches its weights may be the first to notice), or the object store lost a group (with its node, or under
+pressure)."""
 
 
 @runtime_checkable
@@ -45,6 +49,13 @@ class Stateful(Protocol):
 
     async def save(self, folder: Path) -> None: ...
     async def load(self, folder: Path) -> Any: ...
+
+
+@runtime_checkable
+class Plays(Protocol):
+    """A judge that answers the policy in the middle of its rollouts: it stands between the loop and the engines."""
+
+    def over(self, engines: RolloutPool) -> Rollouts: ...
 
 
 class StageJudge(Judge, Protocol):
@@ -60,13 +71,15 @@ class Phase:
     name: str
     start: Path
     """Hugging Face folder of the policy it starts from."""
-    corpus: list[Path]
+    corpus: Sequence[Source]
     settings: PhaseSettings
     updates: int
     make_judge: Callable[[], Awaitable[StageJudge]]
     needs_reference: bool
     on_end: Callable[[StageJudge], Awaitable[None]] | None = None
     """Awaited with the judge once training is over (alignment exports the discriminator there)."""
+    follow: Callable[[StageJudge], Following] | None = None
+    """What changes the judge while it works, for as long as it is there (the number of scorers)."""
 
 
 def recipe_of(settings: RunSettings, phase: PhaseSettings) -> Recipe:
@@ -129,7 +142,7 @@ class _Recoveries:
 
     def note(self, lost: Exception, version: int) -> None:
         """Something was lost, and the phase shall go on from `version`; raises RuntimeError if it did so too often."""
-        sentence = str(lost).strip().split("\n", 1)[0].rstrip(".")
+        sentence = _sentence(lost)
         self._count = self._count + 1 if version == self._version else 1
         self._version = version
         if self._count > self._most:
@@ -138,6 +151,14 @@ class _Recoveries:
                 "(cluster.max_recoveries) and got no further; look into that actor's log"
             ) from lost
         log.warning("%s: %s; the stage goes on from update %d", self._name, sentence, version)
+
+
+def _sentence(lost: Exception) -> str:
+    """What was lost, on one line. Of an object Ray tells first how to find out where it was made, then the cause."""
+    paragraphs = [paragraph.split("\n", 1)[0] for paragraph in str(lost).strip().split("\n\n")]
+    if not isinstance(lost, ObjectLostError):
+        return paragraphs[0].rstrip(".")
+    return f"a group is gone from the object store: {paragraphs[min(1, len(paragraphs) - 1)].split('. ', 1)[0]}"
 
 
 class _Rooms:
@@ -183,11 +204,14 @@ class _Rooms:
         longest = phase.settings.response_limit(settings.rollout)
         self.judge = await phase.make_judge()
         self._built.append(self.judge)
+        if phase.follow is not None:
+            self._built.append(phase.follow(self.judge))
         limit = settings.rollout.max_prompt_tokens
         learner = phase.settings.optimiser.over(settings.learner, phase.updates)
         recipe = recipe_of(settings, phase.settings)
         places = await self.session.learner_places()
-        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, places)
+        wire = Wire.of(settings.rollout)
+        self.learner = await LearnerGroup.create(phase.start, learner, recipe, limit, phase.updates, places, wire)
         self._built.append(self.learner)
         if found is not None:
             folder = checkpoint.folder_for(self.state_folder, found.version)
@@ -207,7 +231,8 @@ class _Rooms:
         settings = self.session.settings
         # An id that was given away may still be known to an engine, which the journal does not know.
         self.state.next_id = max(self.state.next_id, self._next_id)
-        self.restored, done = await checkpoint.take_up(self.keeper, self.state, self.phase.settings.loop)
+        loop = self.phase.settings.loop
+        self.restored, done = await checkpoint.take_up(self.keeper, self.state, self.judge.version, loop)
         if self.state.version:
             log.info("%s goes on at update %d", self.phase.name, self.state.version)
         self.prompts = PromptStream(
@@ -229,7 +254,8 @@ class _Rooms:
         samples = SampleLog(self.session.stage_folder(phase.name), phase.updates)
         sleeper = self.engines if self.session.colocated else None
         self._learner = _Learner(self.learner, self.keeper, samples, sleeper)
-        rooms = self.remaining, self.engines, self.judge, self._learner, self.keeper
+        rollouts = self.judge.over(self.engines) if isinstance(self.judge, Plays) else self.engines
+        rooms = self.remaining, rollouts, self.judge, self._learner, self.keeper
         loop = Loop(*rooms, phase.settings.loop, self._on_step)
         with Progress(phase.name, phase.updates) as self._progress:
             running = asyncio.create_task(loop.run(phase.updates, self.state, self.restored))
@@ -256,7 +282,7 @@ class _Rooms:
 
     async def _on_step(self, state: LoopState, metrics: dict[str, float]) -> None:
         self.session.metrics.write(self.phase.name, state.version, metrics)
-        self._progress.update(state.version, **metrics)
+        self._progress.update(state.version, **{"policy/version": float(state.version)} | metrics)
         due = state.version % self.phase.settings.loop.checkpoint_every == 0
         if due:
             await self._checkpoint(state)
@@ -273,5 +299,6 @@ class _Rooms:
         if isinstance(self.judge, Stateful):
             saving.append(self.judge.save(folder / "judge"))
         await asyncio.gather(*saving)
+        await asyncio.to_thread(checkpoint.settle, self.state_folder, state.version)
         checkpoint.commit(self.state_folder, state)
         await self.keeper.forget(state.groups)

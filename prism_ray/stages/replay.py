@@ -144,7 +144,7 @@ def overview(folder: Path, salvage: bool = False) -> Table:
         table.add_column(name)
     for group in _groups(folder, salvage):
         ticket = record.tickets[group.id]
-        lengths = [len(r.token_ids) for r in group.rollouts]
+        lengths = [r.sampled for r in group.rollouts]
         table.add_row(
             str(group.id),
             group.prompt.id,
@@ -174,9 +174,10 @@ def describe(folder: Path, group_id: int, salvage: bool = False) -> str:
         rollout, verdict = one.rollout, one.verdict
         versions = ", ".join(map(str, sorted(set(rollout.versions.tolist()))))
         lines.append(
-            f"rollout {rollout.index}: {len(rollout.token_ids)} tokens of version {versions}, mean log-prob "
-            f"{np.mean(rollout.logp):.3f}, ended by {rollout.finish_reason}"
+            f"rollout {rollout.index}: {rollout.sampled} tokens of version {versions}, mean log-prob "
+            f"{rollout.logp.sum() / max(1, rollout.sampled):.3f}, ended by {rollout.finish_reason}"
         )
+        lines += [f"  {message['role']}: {message['content']}" for message in rollout.turns]
         lines.append(f"  {rollout.text}")
         lines.append(f"  reward {verdict.reward:.4f}" + ("" if verdict.valid else f", invalid: {verdict.reason}"))
         for name, values in (("score", verdict.scores), ("of the reference", verdict.reference_scores)):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.corpora import SourceSettings
 from prism_ray.config.judging import JUDGING_FIELDS
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.load import to_yaml
@@ -19,25 +20,29 @@ from prism_ray.config.run import STAGES, RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
-from prism_ray.corpora.reader import CorpusError, find_fragments
+from prism_ray.corpora.files import CorpusError, find_files
+from prism_ray.corpora.reader import find_fragments
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
+from prism_ray.models.template import set_system_turn
 from prism_ray.models.tiny import build_tiny
 from prism_ray.planning.layout import TRAINER, layouts, trainer
 from prism_ray.report.html import write_report
-from prism_ray.report.incidents import IncidentLog, reason
-from prism_ray.report.metrics import MetricsLog
+from prism_ray.report.incidents import reason
 from prism_ray.report.progress import Progress
-from prism_ray.report.summary import Summary
+from prism_ray.rollout.episodes import EpisodePool
 from prism_ray.runtime import cluster, placement
 from prism_ray.stages import supervised
+from prism_ray.stages.batches import verdicts_of
 from prism_ray.stages.evaluate import LABELS, UNSEEN, load_truth, run_evaluate
+from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.phase import Phase, StageJudge, run_phase
 from prism_ray.stages.pipeline import Outcome, Stage, finish, finished, key_of, plan, prepare
-from prism_ray.stages.session import Interrupted, Session
+from prism_ray.stages.served import check_served, columns_for, depends_on, served_judge
+from prism_ray.stages.session import Interrupted, Session, watched
 from prism_ray.stages.warmup import run_warmup
-from prism_ray.testbed.corpora import SPLITS, write_corpora
+from prism_ray.testbed.corpora import SPLITS
 from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -55,34 +60,39 @@ def stages_of(session: Session) -> dict[str, Stage]:
     base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
     sampling = _what_shapes(s.rollout) | {"seed": s.seed}
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
+    aligned_by = judge if s.align.judge == "own" else depends_on(s)
+    verified_by = {"verify": verdicts_of(s.verify)} if s.rlvr.judge == "own" else depends_on(s)
     full = s.align.updates + s.rlvr.updates
-    align = _phase(s.align, s.learner, s.align.updates) | {"corpus": _corpus(session, "align"), **judge, **sampling}
-    tasks = {"corpus": _corpus(session, "rlvr"), "verify": (s.verify.environment, s.verify.options), **sampling}
+    align = _phase(s.align, s.learner, s.align.updates) | {
+        "corpus": _corpus(session, "align"),
+        **aligned_by,
+        **sampling,
+    }
+    tasks = {"corpus": _corpus(session, "rlvr"), **verified_by, **sampling}
     rlvr = _phase(s.rlvr, s.learner, s.rlvr.updates) | tasks
     rlvr_only = _phase(s.rlvr, s.learner, full) | tasks
     supervised = {"seed": s.seed, **_trained_by(s.trainer)}
+    system = {"system_prompt": s.system_prompt} if s.system_prompt else {}
     evaluated = tuple(name for name in LABELS if name in s.stages) or ("sft",)
     runs: dict[str, tuple[tuple[str, ...], dict[str, Any], Any]] = {
         "base": ((), base, lambda: _base(session)),
         "sft": (
             ("base",),
-            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft")},
+            supervised | {"sft": s.sft, "corpus": _corpus(session, "sft"), **system},
             lambda: _sft(session, "sft", "base", "sft", s.sft),
         ),
         "warmup": (
             ("sft",),
             {
                 "warmup": s.warmup,
-                "corpus": _corpus(session, "align"),
+                "corpus": _corpus(session, "warmup" if s.data.warmup else "align"),
                 "seed": s.seed,
                 **judge,
                 **_what_shapes(s.rollout),
             },
-            lambda: session.until_stopped(
-                run_warmup(session, "warmup", session.checkpoint("sft"), session.corpora["align"])
-            ),
+            lambda: session.until_stopped(_warmup(session)),
         ),
-        "align": (("sft", "warmup"), align, lambda: _align(session)),
+        "align": (("sft", "warmup") if s.align.judge == "own" else ("sft",), align, lambda: _align(session)),
         "rlvr": (("align",), rlvr, lambda: _rlvr(session, "rlvr", "align", s.rlvr.updates)),
         "rlvr-sft": (("sft",), rlvr_only, lambda: _rlvr(session, "rlvr-sft", "sft", full)),
         "references": (
@@ -114,10 +124,7 @@ async def run(settings: RunSettings) -> Path:
     folder = settings.runs / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
-    summary = Summary(folder, settings.name)
-    metrics = MetricsLog(folder, settings.report, settings.model_dump(mode="json"))
-    session = Session(settings, metrics, summary)
-    with IncidentLog(folder, lambda: session.stage):
+    with watched(settings) as session:
         await _run(session)
     return folder
 
@@ -127,7 +134,7 @@ async def _run(session: Session) -> None:
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, session)
     status = "failed"
     try:
-        session.corpora = await asyncio.to_thread(_corpora, session)
+        session.corpora = await asyncio.to_thread(corpora_of, session.settings)
         await _run_stages(session)
         status = "completed"
     except Interrupted:
@@ -137,7 +144,7 @@ async def _run(session: Session) -> None:
         try:
             await session.close()
         finally:
-            session.metrics.close()
+            session.metrics.close(failed=status == "failed")
             session.summary.finish(status)
             _report(session.folder)
 
@@ -190,28 +197,6 @@ def _on_signal(session: Session) -> None:
     session.stop.set()
 
 
-def _corpora(session: Session) -> dict[str, list[Path]]:
-    """The user's corpora, and the testbed's where there are none."""
-    settings = session.settings
-    own = {name: paths for name, paths in settings.data if paths}
-    if set(own) == set(type(settings.data).model_fields) and settings.policy is not None:
-        return own
-    return {name: [path] for name, path in _testbed_corpora(session).items()} | own
-
-
-def _testbed_corpora(session: Session) -> dict[str, Path]:
-    """The testbed's corpora, written only where they are not there: a resumed stage knows its files by their time."""
-    settings, folder = session.settings, session.folder / "corpora"
-    stamp = folder / "made.json"
-    wanted = {"testbed": settings.testbed.model_dump(mode="json"), "seed": settings.seed}
-    if stamp.exists() and (made := json.loads(stamp.read_text()))["settings"] == wanted:
-        return {name: Path(path) for name, path in made["files"].items()}
-    stamp.unlink(missing_ok=True)
-    files = write_corpora(folder, settings.testbed, settings.seed)
-    stamp.write_text(json.dumps({"settings": wanted, "files": {name: str(path) for name, path in files.items()}}))
-    return files
-
-
 _NOT_SHAPING = {
     "ranks", "cpus_per_rank", "gpus_per_rank", "micro_batch_tokens", "gradient_checkpointing", "zero_stage", "offload",
     "timeout_s", "heartbeat_s", "max_skipped",
@@ -243,13 +228,11 @@ def _corpus(session: Session, name: str) -> Any:
     """What identifies a corpus: the user's files by path, size and time, or the testbed's settings for that split."""
     settings = session.settings
     if own := getattr(settings.data, name, []):
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(_files(own))]
+        files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _, _ in find_files(own)]
+        read_as = [source.model_dump(mode="json") for source in own if isinstance(source, SourceSettings)]
+        return sorted(files) + read_as
     sizes: set[str] = {*SPLITS} - {name}
     return {"testbed": settings.testbed.model_dump(mode="json", exclude=sizes), "seed": settings.seed}
-
-
-def _files(paths: list[Path]) -> list[Path]:
-    return [file for p in paths for file in (p.rglob("*.parquet") if p.is_dir() else [p])]
 
 
 async def _base(session: Session) -> Outcome:
@@ -272,7 +255,10 @@ async def _base(session: Session) -> Outcome:
 
 async def _sft(session: Session, name: str, start: str, corpus: str, settings: SupervisedSettings) -> Outcome:
     phase = supervised.Phase(name, tuple(session.corpora[corpus]), settings)
-    return await _supervised(session, name, session.checkpoint(start), (phase,))
+    outcome = await _supervised(session, name, session.checkpoint(start), (phase,))
+    if session.settings.system_prompt:
+        set_system_turn(session.checkpoint(name), session.settings.system_prompt)
+    return outcome
 
 
 async def _supervised(session: Session, name: str, start: Path, phases: tuple[supervised.Phase, ...]) -> Outcome:
@@ -307,10 +293,18 @@ async def _supervised(session: Session, name: str, start: Path, phases: tuple[su
     return Outcome(done.steps, session.checkpoint(name))
 
 
+async def _warmup(session: Session) -> Outcome:
+    written = bool(session.settings.data.warmup)
+    corpus = session.corpora["warmup" if written else "align"]
+    return await run_warmup(session, "warmup", session.checkpoint("sft"), corpus, written)
+
+
 async def _align(session: Session) -> Outcome:
     settings = session.settings
 
     async def judge() -> StageJudge:
+        if settings.align.judge == "serve":
+            return await served_judge(settings)
         return await DiscriminatorPool.start(
             session.checkpoint("warmup"),
             settings.discriminator,
@@ -321,8 +315,8 @@ async def _align(session: Session) -> Outcome:
         )
 
     async def keep_discriminator(trained: StageJudge) -> None:
-        assert isinstance(trained, DiscriminatorPool)
-        await trained.export(session.stage_folder("align") / "discriminator")
+        if isinstance(trained, DiscriminatorPool):  # one that is served is kept elsewhere
+            await trained.export(session.stage_folder("align") / "discriminator")
 
     return await run_phase(
         session,
@@ -335,6 +329,7 @@ async def _align(session: Session) -> Outcome:
             judge,
             needs_reference=True,
             on_end=keep_discriminator,
+            follow=session.follow_scorers if settings.discriminator.scorers else None,
         ),
     )
 
@@ -342,22 +337,18 @@ async def _align(session: Session) -> Outcome:
 async def _rlvr(session: Session, name: str, start: str, updates: int) -> Outcome:
     settings = session.settings
 
-    async def judge() -> StageJudge:
-        return VerifierPool(settings.verify)
-
+    by_reference = settings.rlvr.judge == "serve"
     corpus, start_folder = session.corpora["rlvr"], session.checkpoint(start)
+
+    async def judge() -> StageJudge:
+        verify = settings.verify
+        if by_reference:
+            return await served_judge(settings)
+        return EpisodePool(verify, start_folder) if verify.max_turns > 1 else VerifierPool(verify)
+
     return await run_phase(
-        session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=False)
+        session, Phase(name, start_folder, corpus, settings.rlvr, updates, judge, needs_reference=by_reference)
     )
-
-
-COLUMNS_OF = {
-    "sft": ("prompt", "teacher_response"),
-    "align": ("prompt", "teacher_response"),
-    "rlvr": ("prompt", "reward_model"),
-    "evaluate": ("prompt", "reward_model"),
-}
-"""What a corpus of the user's own must have, by what it is for."""
 
 
 def _refuse_testbed_judges(settings: RunSettings) -> None:
@@ -366,7 +357,8 @@ def _refuse_testbed_judges(settings: RunSettings) -> None:
         ("rlvr", "verify.environment", settings.verify.environment, "prism_ray.verify.answer:prism/Answer-v0"),
         ("evaluate", "evaluate.truth", settings.evaluate.truth, "prism_ray.verify.answer:truth_of"),
     ):
-        if getattr(settings.data, corpus) and value.startswith("prism_ray.testbed"):
+        unused = corpus == "rlvr" and settings.rlvr.judge == "serve"
+        if not unused and getattr(settings.data, corpus) and value.startswith("prism_ray.testbed"):
             raise ValueError(f"{field} is the testbed's, but data.{corpus} is your own; set it to {other} or to yours")
 
 
@@ -380,8 +372,10 @@ def check_inputs(settings: RunSettings) -> None:
         make_environment(settings.verify.environment, settings.verify.options).close()
         for name, paths in settings.data:
             if paths:
-                find_fragments(paths, COLUMNS_OF[name])
+                columns = (*COLUMNS_OF[name], *columns_for(name, settings))
+                find_fragments(paths, columns, settings.corpora.max_json_mb)
         _refuse_testbed_judges(settings)
+        check_served(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
 

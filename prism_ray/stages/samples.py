@@ -9,6 +9,7 @@ from typing import Any
 
 from prism_ray.records import Group, Ticket, Trajectory
 from prism_ray.report.metrics import open_to_append
+from prism_ray.runtime.supervision import fetch
 
 FILE = "samples.jsonl"
 MOST = 24
@@ -30,7 +31,7 @@ class SampleLog:
     async def note(self, tickets: list[Ticket], version: int) -> None:
         """The update from `version` trains on the judged groups of these tickets."""
         if version % self._every == 0 and tickets:
-            group: Group = await tickets[0].ref
+            group: Group = await fetch(tickets[0].ref, f"judged group {tickets[0].id}")
             with open_to_append(self._path) as file:
                 file.write(json.dumps(sample_of(group, version)) + "\n")
 
@@ -60,4 +61,5 @@ def _rollout(trajectory: Trajectory) -> dict[str, Any]:
         "scores": verdict.scores,
         "parts": verdict.parts,
         "reason": verdict.reason,
+        **({"turns": list(rollout.turns)} if rollout.turns else {}),
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +13,18 @@ from typing import Any, TypeVar
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.corpora.checks import Requirements
+from prism_ray.corpora.files import Source
 from prism_ray.discriminator.group import JudgePlaces
 from prism_ray.discriminator.segments import refusal
-from prism_ray.models.encode import Encoder
+from prism_ray.models.encode import Encoder, PromptTooLong
 from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer, whole_run
 from prism_ray.records import Prompt
+from prism_ray.report.incidents import IncidentLog
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.elastic import Elastic, Following
+from prism_ray.runtime.gauges import RayMetrics, endpoints
 from prism_ray.runtime.placement import EnginePlaces, Placement
 
 T = TypeVar("T")
@@ -40,11 +45,13 @@ class Session:
     def __init__(self, settings: RunSettings, metrics: MetricsLog, summary: Summary):
         self.settings, self.metrics, self.summary = settings, metrics, summary
         self.folder = (settings.runs / settings.name).resolve()
-        self.corpora: dict[str, list[Path]] = {}
+        self.corpora: dict[str, list[Source]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
         self.placement = Placement(settings.cluster, whole_run(settings))
         self._pool: RolloutPool | None = None
+        self._following: Following | None = None
+        self.elastic = Elastic(self.folder, settings.cluster)
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / stage
@@ -62,6 +69,9 @@ class Session:
         if self._pool is None:
             seeded = self.settings.rollout.model_copy(update={"seed": self.settings.seed + self.settings.rollout.seed})
             self._pool = await RolloutPool.create(policy, seeded, version, self._engine_places())
+            if not self.colocated:  # there every engine has a learner rank beside it, whose number is fixed
+                needs = {"CPU": seeded.cpus_per_engine, "GPU": float(seeded.gpus_per_engine)}
+                self._following = self.elastic.follow("rollout.engines", seeded.engines, needs, self._pool.resize)
         else:
             await self._pool.load(policy, version)
         self._pool.max_response_tokens = max_response_tokens
@@ -95,8 +105,16 @@ class Session:
         """Give back the places of learner and judge, whose actors have ended; engines keep theirs."""
         self.placement.release(LEARNER, JUDGE_RANKS, SCORERS)
 
+    def follow_scorers(self, pool: Any) -> Following:
+        """Let the number of scorers of a discriminator's pool be changed while it judges."""
+        judge = self.settings.discriminator
+        needs = {"CPU": judge.cpus_per_scorer, "GPU": judge.gpus_per_scorer}
+        return self.elastic.follow("discriminator.scorers", judge.scorers, needs, pool.resize)
+
     async def close(self) -> None:
         """End every actor the session started."""
+        if self._following is not None:
+            self._following.shutdown()
         if self._pool is not None:
             await self._pool.shutdown()
             self._pool = None
@@ -104,18 +122,7 @@ class Session:
 
     def requirements(self, policy: Path, *, reference: bool = False, ground_truth: bool = False) -> Requirements:
         """What a prompt must have to be used with this policy; the rest is quarantined."""
-        limit = self.settings.rollout.max_prompt_tokens
-        count = TokenCounter(policy, limit)
-        pixels = self.settings.corpora.max_image_pixels
-        return Requirements(
-            reference,
-            ground_truth,
-            max_image_pixels=pixels,
-            max_images=self.settings.rollout.max_images,
-            count_tokens=count,
-            max_prompt_tokens=limit,
-            refusal=Refusal(count, self.settings.discriminator) if reference else None,
-        )
+        return requirements(self.settings, policy, reference=reference, ground_truth=ground_truth)
 
     @property
     def quarantine(self) -> Path:
@@ -149,6 +156,38 @@ class Session:
             raise Interrupted
 
 
+@contextmanager
+def watched(settings: RunSettings) -> Iterator[Session]:
+    """A run's session, with all that keeps and shows what happens in it. Ray must be running; raises WandbError where
+    Weights & Biases is asked for and cannot be had."""
+    folder = settings.runs / settings.name
+    gauges = RayMetrics(settings.name)
+    metrics = MetricsLog(folder, settings.report, settings.model_dump(mode="json"), [gauges])
+    log.info("metrics for Prometheus: %s", ", ".join(f"http://{address}/metrics" for address in endpoints()))
+    session = Session(settings, metrics, Summary(folder, settings.name))
+    with IncidentLog(folder, lambda: session.stage, gauges.incident):
+        yield session
+
+
+def requirements(
+    settings: RunSettings, policy: Path, *, reference: bool = False, ground_truth: bool = False
+) -> Requirements:
+    """What a prompt of a run's loops must have to be used with this policy."""
+    limit = settings.rollout.max_prompt_tokens
+    count = TokenCounter(policy, limit)
+    return Requirements(
+        reference,
+        ground_truth,
+        max_image_pixels=settings.corpora.max_image_pixels,
+        max_images=settings.rollout.max_images,
+        count_tokens=count,
+        max_prompt_tokens=limit,
+        refusal=Refusal(count, settings.discriminator) if reference else None,
+        data_sources=tuple(settings.corpora.data_sources),
+        fit=count.fitted,
+    )
+
+
 class TokenCounter:
     """Length of a prompt in the policy's tokens, for Ray Data's workers: the encoder is loaded where it is used."""
 
@@ -157,7 +196,14 @@ class TokenCounter:
         self._encoder: Encoder | None = None
 
     def __call__(self, prompt: Prompt) -> int:
-        return len(self.encoder.prompt(prompt).token_ids)
+        try:
+            return self.encoder.length(prompt)
+        except PromptTooLong as error:
+            return error.tokens
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with its images at the size that the policy sees them at."""
+        return self.encoder.fitted(prompt)
 
     @property
     def encoder(self) -> Encoder:

@@ -27,10 +27,11 @@ from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.learner import OptimiserSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.trainer import TrainerSettings
+from prism_ray.corpora.files import Source, absolute
 from prism_ray.corpora.quarantine import Quarantine
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
 from prism_ray.stages.supervised_data import Course, Job
-from prism_ray.stages.supervised_entry import Inbox, train_rank
+from prism_ray.stages.supervised_entry import Inbox, ask_inbox, train_rank
 from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
 
 OnMetrics = Callable[[str, int, dict[str, float]], None]
@@ -46,7 +47,7 @@ class Phase:
     """One phase: `responses` learns the references of `corpora`, `cells` is the testbed's vision pre-training."""
 
     name: str
-    corpora: tuple[str | Path, ...]
+    corpora: tuple[Source, ...]
     settings: SupervisedSettings
     task: Literal["responses", "cells"] = "responses"
 
@@ -87,9 +88,9 @@ def train_supervised(
     """
     started = time.monotonic()
     courses = tuple(_course(phase, str(checkpoint_in.resolve()), settings, corpora, seed) for phase in phases)
-    bad = [Quarantine(course.name, course.order.rows, corpora.max_bad_share) for course in courses]
+    bad = [Quarantine(course.name, course.order.about, corpora.max_bad_share) for course in courses]
     optimisers = tuple(_optimiser(phase.settings, settings) for phase in phases)
-    inbox: Any = ray.remote(Inbox).options(num_cpus=0).remote()
+    inbox: Any = ray.remote(Inbox).options(num_cpus=0, max_restarts=3, max_task_retries=3).remote()
     out = str(out_folder.resolve())
     job = Job(str(checkpoint_in.resolve()), out, courses, optimisers, settings, corpora)
     run_name = f"{name}-{_fingerprint(job, phases)}"
@@ -119,8 +120,8 @@ def _course(phase: Phase, model: str, settings: TrainerSettings, corpora: Corpor
     else:
         limits = (settings.max_prompt_tokens, settings.max_response_tokens, corpora.max_image_pixels)
         task = ResponseTask(model, *limits)
-    paths = [str(p) if "://" in str(p) else str(Path(p).resolve()) for p in phase.corpora]
-    order = RowOrder(find_fragments(paths, task.required), seed)
+    fragments = find_fragments([absolute(c) for c in phase.corpora], task.required, corpora.max_json_mb)
+    order = RowOrder(fragments, seed)
     return Course(phase.name, task, order, phase.settings.steps, phase.settings.batch)
 
 
@@ -139,12 +140,14 @@ def _optimiser(phase: SupervisedSettings, settings: TrainerSettings) -> Optimise
 
 def _fingerprint(job: Job, phases: Sequence[Phase]) -> str:
     """What the run depends on, as eight characters: checkpoints of another run must not be taken up."""
-    files = {f.file for course in job.courses for f in course.order.fragments if "://" not in f.file}
+    fragments = [f for course in job.courses for f in course.order.fragments]
+    files = {f.file for f in fragments if "://" not in f.file}
     files |= {str(p) for p in Path(job.checkpoint_in).iterdir()}
     stamps = {file: (os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(files)}
     described = [(p.name, p.task, p.settings.model_dump(mode="json")) for p in phases]
     seeds = [course.order.seed for course in job.courses]
-    whole = json.dumps([stamps, described, seeds, job.settings.model_dump(mode="json")])
+    read_as = sorted({f.source.model_dump_json(exclude_defaults=True) for f in fragments})
+    whole = json.dumps([stamps, described, seeds, read_as, job.settings.model_dump(mode="json")])
     return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
 
@@ -223,11 +226,11 @@ def _fit(trainer: ray_torch.TorchTrainer, inbox: Any, desk: _Desk, grace_s: floa
     thread.start()
     while True:
         running = thread.is_alive()
-        for message in ray.get(inbox.take.remote()):
+        for message in ask_inbox(inbox.take.remote(), "hand them out"):
             desk.take(message)
         desk.attend()
         if desk.error is not None and running:
-            ray.get(inbox.stop.remote())
+            ask_inbox(inbox.stop.remote(), "tell them to stop")
         if not running or time.monotonic() - desk.since > grace_s:
             break
         thread.join(timeout=POLL_S)

@@ -79,7 +79,9 @@ class Shard:
         for phase, course in enumerate(self.courses):
             length = max(1, self.settings.rows_per_task * self.ranks // course.batch)
             for step in range(max(0, first_step), course.steps, length):
-                yield {"phase": phase, "first": step, "last": min(step + length, course.steps)}
+                last = min(step + length, course.steps)
+                course.order.count_to(last * course.batch)
+                yield {"phase": phase, "first": step, "last": last}
             first_step -= course.steps
 
     def _prepare(self, task: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -95,7 +97,8 @@ class Shard:
             spare = good[0] if good else spare
             if spare is None:
                 raise CorpusError(f"{course.name}: a whole batch cannot be used ({bad[0].reason}); repair the corpus")
-            portion = self._portion(course.task, good + [spare] * len(bad), bad if start < course.order.rows else [])
+            named = bad if course.order.first(start + 1) > start else []
+            portion = self._portion(course.task, good + [spare] * len(bad), named)
             yield {"phase": task["phase"], "step": step, "portion": _pickled(portion)}
 
     def _portion(self, task: Task, samples: list[Any], bad: list[Quarantined]) -> Portion:
@@ -108,7 +111,7 @@ class Shard:
 def entries(course: Course, start: int, stop: int) -> list[Entry]:
     """The rows at positions start … stop-1."""
     pieces = course.order.pieces(start, stop)
-    return [(p.fragment.file, row, columns) for p in pieces for _, row, columns in read_piece(p, course.task.columns)]
+    return [(p.fragment.file, place, row) for p in pieces for _, place, row in read_piece(p, course.task.columns)]
 
 
 def overall(courses: Sequence[Course], phase: int, step: int) -> int:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from prism_ray.runtime.supervision import blocking_answer
+
+INBOX_S = 60.0
+"""Longest wait for the inbox, which only keeps messages; it is idle but for moments."""
+
 
 class Inbox:
     """Ray actor through which the ranks speak to the driver: `("metrics", phase, step, row)`, `("bad", phase, rows)`,
@@ -27,6 +32,11 @@ class Inbox:
     def stop(self) -> None:
         """Let the ranks save and end after the step they are at."""
         self._stop = True
+
+
+def ask_inbox(call: Any, what: str) -> Any:
+    """The answer of an `Inbox`; raises, naming it, where it died or hangs."""
+    return blocking_answer(call, "the actor that passes the ranks' messages on", what, INBOX_S)
 
 
 def train_rank(config: dict[str, Any]) -> None:

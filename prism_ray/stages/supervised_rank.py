@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 from ray import train
@@ -23,6 +22,7 @@ from prism_ray.learner.engine import TrainEngine
 from prism_ray.models.adapters import freeze
 from prism_ray.models.load import load_policy, save_weights
 from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
+from prism_ray.stages.supervised_entry import ask_inbox
 
 ENGINE = "engine"
 STATE = "state.json"
@@ -93,7 +93,7 @@ class Rank:
         self._listen()
         self.terms, bad, broken, stop = self._sum(portion.size, len(portion.bad), float(error != ""), float(self.stop))
         self.bad += int(bad)
-        if broken or self.bad > self.job.corpora.max_bad_share * self.job.courses[phase].order.rows:
+        if broken or self.bad > self.job.corpora.max_bad_share * self.job.courses[phase].order.about:
             return Then.END
         if stop:
             return Then.SAVE
@@ -130,7 +130,7 @@ class Rank:
 
     def _tell(self, *message: Any) -> None:
         """A message to the driver; its answer is whether to stop."""
-        self.stop = bool(ray.get(self.inbox.put.remote(message)))
+        self.stop = bool(ask_inbox(self.inbox.put.remote(message), "take one"))
         self.heard = time.monotonic()
 
     def _train(self, portion: Portion) -> None:

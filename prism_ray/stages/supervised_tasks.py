@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 
 from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.rows import COLUMNS, BadRow, prompt_from_row
+from prism_ray.corpora.reader import prompt_at, unit_of
+from prism_ray.corpora.rows import COLUMNS, BadRow
 from prism_ray.models.batch import Batch, Sample, collate
 from prism_ray.models.encode import BadImage, EncodedPrompt, Encoder, PromptTooLong
 from prism_ray.models.logprobs import response_logprobs
 from prism_ray.models.pretrain import CellProbe
 from prism_ray.records import Prompt
 
-Entry = tuple[str, int, dict[str, Any]]
-"""A row: file, row in the file, columns."""
+Entry = tuple[str, int, dict[str, Any] | BadRow]
+"""A row: file, place in the file, columns (or why it cannot be read)."""
 
 
 class Task(Protocol):
@@ -78,7 +78,7 @@ class ResponseTask:
         ids = encoder.response(prompt.reference)
         if len(ids) > self.max_response_tokens:
             detail = f"{len(ids)} tokens, the limit is {self.max_response_tokens}"
-            return Quarantined(entry[0], entry[1], "teacher_response: too long", detail)
+            return _bad(entry, "teacher_response: too long", detail)
         return Sample(encoded, torch.tensor(ids))
 
     def size(self, sample: Sample) -> int:
@@ -129,7 +129,7 @@ class CellTask:
     def prepare(self, entries: Sequence[Entry]) -> list[Any]:
         needs = Requirements(decode=False, max_image_pixels=self.max_image_pixels)
         asked = [{"role": "user", "content": "<image>"}]
-        prompts = [_prompt((file, row, {**columns, "prompt": asked}), needs) for file, row, columns in entries]
+        prompts = [_prompt((file, at, _asking(row, asked)), needs) for file, at, row in entries]
         encoded = _encoded(_encoder(self.model, self.max_image_pixels), entries, prompts)
         return [_cells(entry, e) for entry, e in zip(entries, encoded, strict=True)]
 
@@ -155,14 +155,21 @@ def _encoder(model: str, max_prompt_tokens: int) -> Encoder:
     return Encoder(model, max_prompt_tokens)
 
 
+def _asking(row: dict[str, Any] | BadRow, asked: list[dict[str, str]]) -> dict[str, Any] | BadRow:
+    return row if isinstance(row, BadRow) else {**row, "prompt": asked}
+
+
+def _bad(entry: Entry, reason: str, detail: str) -> Quarantined:
+    """The row as it goes into quarantine."""
+    return Quarantined(entry[0], entry[1], reason, detail, unit_of(entry[2]))
+
+
 def _prompt(entry: Entry, needs: Requirements) -> Prompt | Quarantined:
-    file, row, columns = entry
-    folder = None if "://" in file else Path(file).parent
     try:
-        prompt = prompt_from_row(columns, default_id=f"{Path(file).stem}:{row}", folder=folder)
+        prompt = prompt_at(*entry)
         check(prompt, needs)
     except BadRow as bad:
-        return Quarantined(file, row, bad.reason, bad.detail)
+        return _bad(entry, bad.reason, bad.detail)
     return prompt
 
 
@@ -181,15 +188,18 @@ def _encoded_one(encoder: Encoder, entry: Entry, prompt: Prompt) -> EncodedPromp
     try:
         return encoder.prompt(prompt)
     except PromptTooLong as error:
-        return Quarantined(entry[0], entry[1], "prompt: too long", str(error))
+        return _bad(entry, "prompt: too long", str(error))
     except BadImage as error:
-        return Quarantined(entry[0], entry[1], "images: does not decode", str(error))
+        return _bad(entry, "images: does not decode", str(error))
+    except ValueError as error:  # the model's own processor refuses some images
+        return _bad(entry, "prompt: cannot be encoded", str(error))
 
 
 def _cells(entry: Entry, encoded: Any) -> CellBatch | Quarantined:
     if isinstance(encoded, Quarantined):
         return encoded
-    labels, tokens = entry[2]["labels"] or [], len(encoded.visual_spots)
+    labels = [] if isinstance(entry[2], BadRow) else entry[2].get("labels") or []
+    tokens = len(encoded.visual_spots)
     if tokens == 0 or not labels or len(labels) % tokens:
-        return Quarantined(entry[0], entry[1], "labels: do not fit the image", f"{len(labels)} for {tokens} tokens")
+        return _bad(entry, "labels: do not fit the image", f"{len(labels)} for {tokens} tokens")
     return CellBatch(encoded.pixel_values, encoded.grid_thw, torch.tensor(labels).view(tokens, -1))

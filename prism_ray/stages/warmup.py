@@ -7,18 +7,23 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from prism_ray.corpora.reader import CorpusError
+import numpy as np
+
+from prism_ray.corpora.census import key_of
+from prism_ray.corpora.files import CorpusError, Source
+from prism_ray.corpora.rows import STUDENT
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.discriminator.model import create_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.probes import Examination
 from prism_ray.discriminator.start import judge_start
-from prism_ray.records import Group, Prompt
+from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.report.progress import Progress
-from prism_ray.rollout.pool import RolloutPool
+from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.stages.pipeline import Outcome
 from prism_ray.stages.session import Session
@@ -40,8 +45,28 @@ class WeakDiscriminator(RuntimeError):
     """The warmed-up discriminator does not tell references from rollouts well enough to train a policy on."""
 
 
-async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Path]) -> Outcome:
-    """Make the policy (or `discriminator.policy`) a discriminator, train it on the policy's rollouts, and export it.
+class Sampler(Protocol):
+    """Where the rollouts of warm-up come from: engines, or pairs that were written before."""
+
+    async def sample(self, prompts: list[Prompt], count: int, /) -> list[Group]: ...
+
+
+class WrittenPairs:
+    """The student's side of `data.warmup`'s rows, as if it had just been sampled: one rollout a row."""
+
+    async def sample(self, prompts: list[Prompt], count: int, /) -> list[Group]:
+        return [Group(number, prompt, (self._rollout(prompt),)) for number, prompt in enumerate(prompts)]
+
+    def _rollout(self, prompt: Prompt) -> Rollout:
+        none = np.zeros(0, np.int32)
+        return Rollout(prompt.id, 0, none, none, np.zeros(0, np.float32), none, prompt.extra[STUDENT], "stop")
+
+
+async def run_warmup(
+    session: Session, name: str, policy: Path, corpus: Sequence[Source], written: bool = False
+) -> Outcome:
+    """Make the policy (or `discriminator.policy`) a discriminator, train it on the policy's rollouts, or on the pairs
+    that the corpus consists of (`written`), and export it.
 
     Stops early once every view's held-out pair accuracy has reached the target. What it has become is then examined on
     the held-out pairs (calibration, shortcuts, the worst pairs). Raises WeakDiscriminator where a view has not reached
@@ -60,16 +85,20 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
         truth=load_truth(settings.evaluate.truth),
         places=places,
     )
-    engines, judge = await asyncio.gather(session.engines(policy), starting)
+    engines: Sampler = WrittenPairs()
+    if written:
+        judge = await starting
+    else:
+        engines, judge = await asyncio.gather(session.engines(policy), starting)
     stream = PromptStream(
         corpus,
-        session.requirements(policy, reference=True),
+        replace(session.requirements(policy, reference=True), student=written),
         settings.corpora,
         settings.seed,
         quarantine=session.quarantine,
     )
     try:
-        if stream.rows <= settings.warmup.held_out_prompts:
+        if stream.order.first(settings.warmup.held_out_prompts + 1) <= settings.warmup.held_out_prompts:
             raise CorpusError(
                 f"warmup.held_out_prompts is {settings.warmup.held_out_prompts} but the corpus has only {stream.rows} "
                 "prompts; lower it, so that some are left to train on"
@@ -83,14 +112,12 @@ async def run_warmup(session: Session, name: str, policy: Path, corpus: list[Pat
     return Outcome(steps, session.checkpoint(name))
 
 
-async def _train(
-    session: Session, name: str, engines: RolloutPool, judge: DiscriminatorPool, stream: PromptStream
-) -> int:
+async def _train(session: Session, name: str, engines: Sampler, judge: DiscriminatorPool, stream: PromptStream) -> int:
     """Steps until the target is reached; the next batch is sampled while the judge learns from this one."""
     settings = session.settings.warmup
     views = [view.name for view in session.settings.discriminator.views if view.weight]  # those that move the policy
     held_out = await _sample(engines, stream, settings.held_out_prompts, settings.rollouts, set())
-    reserved = {group.prompt.id for group in held_out}
+    reserved = {_question(group.prompt) for group in held_out}
     accuracy: dict[str, float] = {}
     coming = asyncio.create_task(_sample(engines, stream, settings.prompts_per_step, settings.rollouts, reserved))
     step = 0
@@ -147,16 +174,20 @@ def _cancelled_at_the_end(task: Callable[[], asyncio.Task[Any]]) -> Iterator[Non
         task().cancel()
 
 
-async def _sample(
-    engines: RolloutPool, stream: PromptStream, count: int, rollouts: int, reserved: set[str]
-) -> list[Group]:
-    """Rollouts of the next `count` prompts of the stream that are not reserved."""
+async def _sample(engines: Sampler, stream: PromptStream, count: int, rollouts: int, reserved: set[int]) -> list[Group]:
+    """Rollouts of the next `count` prompts of the stream whose question is not reserved."""
     prompts: list[Prompt] = []
     while len(prompts) < count:
         prompt_id, _, ref = await stream.take()
-        if prompt_id not in reserved:
-            prompts.append(await ref)
+        prompt: Prompt = await fetch(ref, f"prompt {prompt_id}")
+        if _question(prompt) not in reserved:
+            prompts.append(prompt)
     return await engines.sample(prompts, rollouts)
+
+
+def _question(prompt: Prompt) -> int:
+    """What is asked, whatever the row is called: several pairs are of one question."""
+    return key_of(prompt)
 
 
 def _accuracy_of(view: str) -> str:

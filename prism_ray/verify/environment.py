@@ -17,7 +17,9 @@ The contract (an environment of a user's own, or of another room, need only keep
 * It is called in a thread of its process that is not the main one, where Python allows no signals: what needs a time
   limit of its own needs a process of its own (`verify/symbolic.py` is that of math-verify).
 * An environment of several turns ends `step` with terminated False and writes its answer to the policy in
-  `info["message"]`; `verify/episode.py` says how.
+  `info["message"]`, with `info["images"]` if it shows any; `verify/episode.py` says how, `verify.max_turns` lets it.
+  Each episode under way has an instance, whose `reset` is given a seed; where its process is lost, the episode is
+  played again, and must then go as it went.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def judge_text(text: str, prompt: Prompt, env: gymnasium.Env[Any, Any]) -> Verdi
     except Exception as error:  # a user's verifier must not take the loop down
         return refused(f"verifier failed: {type(error).__name__}: {error}")
     if not (terminated or truncated):
-        raise _broken(env, "asks for another turn, but a rollout is one response")
+        raise _broken(env, "asks for another turn, but a rollout is one response; set verify.max_turns")
     return verdict_of(reward, info, env)
 
 

@@ -17,6 +17,7 @@ FOLDER = ROOT / "benchmarks"
 SHARED = {"common", "simulation"}
 """What benchmarks import; they are none themselves."""
 ALONE = {
+    "corpus_stream": {"parquet, memory_mb 10x over 1x", "jsonl, rows_per_s 10x over 1x"},
     "coordinator": {"most_engines_over_fewest", "last_tenth_over_first"},
     "learner_step": set(),
     "logprob_memory": set(),
@@ -25,9 +26,11 @@ ALONE = {
     "packing": set(),
     "scoring": set(),
 }
-"""Benchmarks that start neither Ray nor vLLM, with ratios that must be there."""
+"""Benchmarks that start no engines (`corpus_stream` starts Ray), with ratios that must be there."""
 WITH_ENGINES = {
+    "alignment": set(),
     "async_vs_sync": {"1_engines_staleness_1_over_sync", "1_engines_staleness_1_over_trl"},
+    "serve_load": {"requests_per_s, direct batched over served", "answered_per_s, at overload over peak"},
     "weight_sync": {"total_over_copy_1M", "paused_over_copy_1M", "write_over_copy_10M"},
 }
 

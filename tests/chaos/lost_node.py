@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
     found = asyncio.run(run())
     found.check_exactly_once()
-    found.check_cause("learner rank 0", "goes on from update 2")
+    found.check_cause("the stage goes on from update 2")
     ray.shutdown()
     cluster.shutdown()
 

@@ -1,17 +1,19 @@
 """A small run of real parts in which things are killed: tiny policy, testbed corpora, one or two vLLM engines.
 
-A fault is a function that is called when a chosen metrics row is written, that is between two updates. Processes are
-found among the descendants of this process by the names that Ray gives its actors.
+A fault is a function that is called when a chosen metrics row is written, that is between two updates; what it returns
+goes on beside the run. Processes are found among the descendants of this process by the names Ray gives its actors.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,22 +39,28 @@ from prism_ray.testbed.words import vocabulary
 from prism_ray.verify.pool import VerifierPool
 
 UPDATES, GROUPS = 6, 2
+HEARTBEAT_S = 20
+"""More than a busy machine of two cores lets an actor wait for its turn."""
 SMALL = [
     "name=chaos", "verify.environment=slow_environment:prism-test/Parity-v0",
     "rollout.engines=2", "rollout.cpus_per_engine=0.25", "rollout.kv_cache_gb=0.05", "rollout.group_size=2",
-    "rollout.max_response_tokens=24", "rollout.heartbeat_s=6",
-    "learner.cpus_per_rank=0.25", "learner.ranks=2", "learner.heartbeat_s=6",
-    "journal.keep=true", "journal.segment_mb=0.01", "journal.heartbeat_s=6",
+    "rollout.max_response_tokens=24", f"rollout.heartbeat_s={HEARTBEAT_S}",
+    "learner.cpus_per_rank=0.25", "learner.ranks=2", f"learner.heartbeat_s={HEARTBEAT_S}",
+    "journal.keep=true", "journal.segment_mb=0.01", f"journal.heartbeat_s={HEARTBEAT_S}",
+    f"verify.heartbeat_s={HEARTBEAT_S}", "corpora.look_ahead=4",
     "discriminator.scorers=1", "discriminator.cpus_per_rank=0.25", "discriminator.cpus_per_scorer=0.25",
-    "discriminator.heartbeat_s=6",
+    f"discriminator.heartbeat_s={HEARTBEAT_S}",
     *(f"{phase}.{setting}" for phase in ("align", "rlvr") for setting in (
-        f"loop.groups_per_step={GROUPS}", "loop.checkpoint_every=2", "loop.stall_timeout_s=120",
+        f"loop.groups_per_step={GROUPS}", "loop.checkpoint_every=2", "loop.stall_timeout_s=240",
     )),
     *(f"testbed.{split}=8" for split in ("pretrain", "base", "sft", "evaluate", "evaluate_unseen")),
     "testbed.rlvr=64", "testbed.align=64",
 ]  # fmt: skip
 
-Fault = Callable[[], Any]
+Fault = Callable[[], Awaitable[Any] | None]
+
+RANDOM = random.Random()
+"""Unseeded: when a fault comes to be depends on how fast the machine is anyway."""
 
 
 class World:
@@ -95,11 +103,12 @@ class World:
         return self.folder / "corpora" / f"{name}.parquet"
 
     async def _run(self, phase: Phase, faults: Mapping[int, Fault]) -> Evidence:
-        self.metrics.faults = dict(faults)
+        self.metrics.faults, self.metrics.striking = dict(faults), []
         self.session.stage_folder(phase.name).mkdir(parents=True, exist_ok=True)
         with logged() as sentences:
             outcome = await run_phase(self.session, phase)
         assert not self.metrics.faults, "not every fault came to be"
+        await asyncio.gather(*self.metrics.striking)
         assert outcome.updates == UPDATES and outcome.checkpoint and (outcome.checkpoint / "config.json").exists()
         return Evidence(self, phase.name, sentences)
 
@@ -158,11 +167,12 @@ class _Watched(MetricsLog):
     """Injects the fault of a step when its row is written; each once."""
 
     faults: dict[int, Fault]
+    striking: list[asyncio.Future[Any]]
 
     def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         super().write(stage, step, numbers)
-        if fault := self.faults.pop(step, None):
-            fault()
+        if (fault := self.faults.pop(step, None)) and (under_way := fault()):
+            self.striking.append(asyncio.ensure_future(under_way))
 
 
 @contextmanager
@@ -201,16 +211,21 @@ def actors(name: str) -> list[psutil.Process]:
     return sorted(found, key=lambda p: p.create_time())
 
 
-def strike(*names: str, number: int = signal.SIGKILL, which: int = 0) -> Fault:
-    """A fault: send the signal to one actor of each of these classes."""
+def strike(*names: str, number: int = signal.SIGKILL, which: int = 0, within_s: float = 0.0) -> Fault:
+    """A fault: send the signal to one actor of each of these classes, each at a random moment of the next `within_s`
+    seconds, or as soon as there is one."""
 
-    def fault() -> None:
-        for name in names:
-            found = actors(name)
-            assert found, f"no {name} among {titles()}"
-            os.kill(found[which].pid, number)
+    async def one(name: str) -> None:
+        await asyncio.sleep(RANDOM.uniform(0, within_s))
+        while len(found := actors(name)) <= which:
+            await asyncio.sleep(0.1)  # it is only just being started
+        os.kill(found[which].pid, number)
 
-    return fault
+    async def all_of_them() -> None:
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(one(name) for name in names))
+
+    return all_of_them
 
 
 RAYS_OWN = ("ray::IDLE", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor")

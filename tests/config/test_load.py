@@ -10,6 +10,7 @@ from prism_ray.config import yaml12
 from prism_ray.config.base import Settings
 from prism_ray.config.describe import describe, fields
 from prism_ray.config.load import ConfigError, changed, load_config, to_yaml
+from prism_ray.config.run import RunSettings
 
 
 class Inner(Settings):
@@ -138,7 +139,7 @@ def test_unknown_keys_are_named_in_full_with_the_nearest_valid_name(tmp_path):
 def test_every_problem_is_told_at_once_with_value_and_default():
     found = problems(overrides=["learner.lr=-1", "learner.kind=sometimes", "on=perhaps", "bogus=1"])
     assert len(found) == 4
-    assert "The setting learner.lr is -1 but should be greater than 0 (default: 0.001)." in found
+    assert "The setting learner.lr is -1 but should be greater than 0 (default: 0.002)." in found
     assert any(p.startswith("The setting learner.kind is \"sometimes\" but should be 'off' or 'online'") for p in found)
 
 
@@ -174,9 +175,19 @@ def test_describe_tells_every_field_with_type_default_and_docstring():
     for field in fields(Outer):
         assert field.name in text
         assert field.doc and field.doc in text
-    assert "learner.lr: float > 0 = 0.001" in text
+    assert "learner.lr: float > 0 = 0.002" in text
     assert "learner.kind: 'off' | 'online' = off" in text
     assert "learner.sizes: tuple[int, ...] = (1, 2)" in text
+
+
+def test_the_defaults_that_are_told_are_those_that_a_run_gets():
+    settings = RunSettings()
+    for field in fields(RunSettings):
+        value = settings
+        for name in field.name.split("."):
+            value = getattr(value, name, None)  # None: inside a section that is unset
+        if value is not None:
+            assert field.default == value, field.name
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_an_objective_that_counts_a_ratio_twice_is_refused_before_anything_runs(
         load_config(RunSettings, None, ["rlvr.objective.kind=dppo_tv"])
 
 
+@pytest.mark.parametrize("setting", ["discriminator.gate.window=64", "discriminator.guard.on_chance=freeze_policy"])
+def test_a_gate_that_the_estimator_would_undo_is_refused_before_anything_runs(setting):
+    with pytest.raises(ConfigError, match="prism_paper normalises the sum of the views"):
+        load_config(RunSettings, None, ["align.advantage.estimator=prism_paper", setting])
+    load_config(RunSettings, None, ["align.advantage.estimator=prism_code", setting])
+
+
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ConfigError, match="stages"):
         load_config(RunSettings, None, ["stages=[algin]"])

@@ -71,8 +71,8 @@ def test_file_that_is_not_parquet_names_it_and_the_cure(tmp_path, damage, make):
 
 
 def test_missing_column_and_no_rows(tmp_path, make):
-    pq.write_table(pa.table({"question": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match=r"a.parquet: no column prompt \(it has question\)"):
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a.parquet: no column prompt \(it has text\)"):
         find_fragments([tmp_path / "a.parquet"])
     make.write(tmp_path / "b.parquet", [])
     with pytest.raises(CorpusError, match="b.parquet: no rows"):

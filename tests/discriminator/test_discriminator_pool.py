@@ -12,7 +12,7 @@ import ray
 
 from prism_ray.config.discriminator import GateSettings, GuardSettings
 from prism_ray.discriminator.group import ScorerGroup
-from prism_ray.discriminator.guards import Gate
+from prism_ray.discriminator.guards import Gate, frozen_views
 from prism_ray.discriminator.model import load_discriminator, save_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
 from prism_ray.discriminator.scorer import judge
@@ -37,7 +37,10 @@ def ticket_of(group) -> Ticket:
 def test_ranks_judge_learn_save_and_say_who_is_missing(
     cluster, folder, tiny_folder, encoder, settings, group_of, response, tmp_path, caplog
 ):
-    guard = GuardSettings(patience=1, high_accuracy=0.51, low_accuracy=0.52, gap_closing=None)  # one of them rings
+    guard = GuardSettings(  # one of them rings
+        patience=1, high_accuracy=0.51, low_accuracy=0.52, gap_closing=None,
+        on_separable="freeze_policy", on_chance="freeze_policy",
+    )  # fmt: skip
     settings = settings.model_copy(update={"ranks": 2, "guard": guard, "gate": GateSettings(), **SMALL})
     groups = [group_of(i, response(), response(" blue two"), "broken", response()) for i in range(3)]
 
@@ -59,6 +62,7 @@ def test_ranks_judge_learn_save_and_say_who_is_missing(
         gate.see([dict.fromkeys(settings.view_names, (0.0, 1000))])
         version = await pool.load(tmp_path / "state")
         assert gate.state() == before != Gate(GateSettings(), settings.view_names).state()
+        assert pool._frozen == frozen_views(metrics, guard) != set()
         back = await pool.judge(ticket_of(groups[0]))
         with pytest.raises(ValueError, match="cannot be resized to 2"):
             await pool.resize(2)
@@ -84,6 +88,9 @@ def test_ranks_judge_learn_save_and_say_who_is_missing(
     assert gaps[0] != gaps[1]
     assert metrics["discriminator/version"] == 1.0
     updated, restored = fetched(second), fetched(back)
+    for view in frozen_views(metrics, guard):
+        assert fetched(first[0])[0].parts[f"gate/{view}"] == 1.0
+        assert updated[0].parts[f"gate/{view}"] == restored[0].parts[f"gate/{view}"] == 0.0
     assert version == 1 and {v.judge_version for v in updated} == {1}
     assert (first[0].judge_version, second.judge_version, back.judge_version) == (0, 1, 1)
     assert updated[0].scores != expected[0].scores, "a second verdict replaces the first"

@@ -23,6 +23,7 @@ from prism_ray.discriminator.guards import (
     ALARMS,
     Alarms,
     Gate,
+    frozen_views,
     gate_weight,
     gated,
     rank_correlation,
@@ -30,6 +31,7 @@ from prism_ray.discriminator.guards import (
     watch_metrics,
 )
 from prism_ray.discriminator.scorer import Judged
+from prism_ray.discriminator.trainer import DiscriminatorTrainer
 from prism_ray.records import Group, Prompt, Rollout, Verdict
 
 VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
@@ -223,6 +225,39 @@ def test_raise_replay_keeps_pairs_from_the_start_and_replays_them_while_the_alar
     assert len(trainer.notices) >= 2 and "remedy raise_replay starts" in trainer.notices[0]
 
 
+def test_an_alarm_with_freeze_policy_closes_the_gate_of_its_view_alone():
+    guard = guarded(on_separable="freeze_policy")
+    alarms = Alarms(guard, VIEW_NAMES)
+    alarms.update(step(accuracy=0.99, view="reasoning") | step(accuracy=0.5))
+    assert frozen_views(alarms.metrics(), guard) == {"reasoning"}
+    assert frozen_views(alarms.metrics(), guarded()) == set(), "without the remedy no alarm closes anything"
+    alarms.update(step(accuracy=0.5, view="reasoning"))
+    assert frozen_views(alarms.metrics(), guard) == set(), "and it opens when the alarm ends"
+
+
+def test_restore_begins_anew_from_the_warmed_up_judge_once_an_alarm_begins(train, easy, build, encoder):
+    guard = guarded(on_separable="restore", on_chance="restore")
+    trainer = DiscriminatorTrainer(
+        build(guard=guard, head_dropout=0.0), encoder, build(guard=guard).settings, warmed_up=lambda: build(guard=guard)
+    )
+    first = build().state_dict()
+    metrics = trainer.learn(easy(0))
+    assert trainer.alarms.begun == {"restore"} and "remedy restore starts" in trainer.notices[0]
+    assert all(torch.equal(first[name], weight) for name, weight in trainer.engine.weights().items())
+    assert trainer.version == metrics["discriminator/version"] == 1, "old weights, but a version of their own"
+    assert trainer.judge(easy(1))[0].group.verdicts[0].judge_version == 1
+    trainer.alarms = Alarms(GuardSettings(), VIEW_NAMES)
+    trainer.learn(easy(2))
+    assert trainer.alarms.begun == set() and trainer.version == 2
+    moved = trainer.engine.weights()
+    assert any(not torch.equal(first[name], weight) for name, weight in moved.items()), "and it learns on from there"
+
+
+def test_restore_without_anything_to_restore_is_refused(train):
+    with pytest.raises(ValueError, match="say how to load what it restores"):
+        train(guard=guarded(on_drift="restore"))
+
+
 def test_warm_up_raises_no_alarm(train, easy):
     trainer = train(guard=guarded())
     metrics = trainer.learn(easy(0), warming=True)
@@ -253,7 +288,9 @@ def test_a_trainer_goes_on_with_its_alarms(train, easy, tmp_path):
 def test_settings_that_would_do_nothing_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         DiscriminatorSettings.model_validate(settings)
-    assert GuardSettings(on_drift="raise_replay").may_replay and not GuardSettings(on_drift="lower_rate").may_replay
+    assert GuardSettings(on_drift="raise_replay").may("raise_replay") and not GuardSettings(on_drift="lower_rate").may(
+        "raise_replay"
+    )
     assert ReplaySettings().share == 0.0
 
 

@@ -32,7 +32,8 @@ def images() -> list[bytes]:
 
 @pytest.fixture
 def sequences(encoder, settings, group_of, response, images):
-    """Of four prompts: captions that repeat, that part late, an empty view, and reasoning of many lengths."""
+    """Of five prompts, with up to two images: captions that repeat, that part late, an empty view, and reasoning of
+    many lengths."""
     found = []
     reference = response(" red one two", " max one", " one")
     texts = [
@@ -41,10 +42,10 @@ def sequences(encoder, settings, group_of, response, images):
         response("", "", " two"),
         response(" red one", " one"),
     ]
-    for seed, image in enumerate([*images, None]):
+    for seed, shown in enumerate([*([image] for image in images), [], images[:2]]):
         rollouts = group_of(seed, reference, *texts[: seed + 1]).rollouts
-        content = "<image> max of" if image else "max"
-        prompt = Prompt(f"p{seed}", ({"role": "user", "content": content},), (image,) if image else (), reference)
+        content = "<image>" * len(shown) + (" max of" if shown else "max")
+        prompt = Prompt(f"p{seed}", ({"role": "user", "content": content},), tuple(shown), reference)
         (views,) = group_views([Group(seed, prompt, rollouts)], encoder, settings)
         found += [s for r in (views.reference, *views.rollouts) for s in r.sequences.values()]
     return found
@@ -104,7 +105,7 @@ def test_prompt_image_and_context_are_computed_once(sequences):
     prompts = {id(s.prompt): s.prompt for s in sequences}
     beginnings = {(id(s.prompt), s.token_ids[:n]) for s in sequences for n in range(1, len(s.token_ids) + 1)}
     assert judged.batch.computed_tokens == sum(len(p.token_ids) for p in prompts.values()) + len(beginnings)
-    assert len(judged.batch.grid_thw) == 3
+    assert len(judged.batch.grid_thw) == 5
     assert judged.batch.computed_tokens < sum(s.length for s in sequences) / 2
 
 

@@ -3,15 +3,19 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from prism_ray.report.metrics import read_metrics
+from prism_ray.runtime.gauges import EVALUATION, INCIDENTS, STEP, exported
 from prism_ray.stages.replay import read_record
+from tests.runtime.test_dashboard import queried
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -37,7 +41,11 @@ def command(folder: Path, *overrides: str) -> list[str]:
 @pytest.mark.timeout(1500)
 def test_every_stage_runs_is_interrupted_goes_on_and_is_not_repeated(tmp_path):
     run = tmp_path / "small"
-    first = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+    port = free_port()
+    arguments = command(tmp_path, f"cluster.metrics_port={port}")
+    first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+    wait_for(lambda: steps(run, "base/clean") >= 1, first)
+    wait_for(lambda: "ray_prism_ray_step{" in scraped(port) and 'run="small"' in scraped(port), first)
     wait_for(lambda: steps(run, "align") >= 1, first)
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=120)
@@ -59,6 +67,21 @@ def test_every_stage_runs_is_interrupted_goes_on_and_is_not_repeated(tmp_path):
     third = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=120)
     assert third.returncode == 0, third.stderr[-2000:]
     assert "is done in" not in third.stderr + third.stdout, "nothing had changed, yet a stage ran"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def scraped(port: int) -> str:
+    """What the run offers to Prometheus at the port that was asked for."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
 
 
 def wait_for(condition, process: subprocess.Popen, timeout_s: float = 400.0) -> None:
@@ -102,6 +125,12 @@ def check_metrics(run: Path) -> None:
     assert all(row["staleness/max"] == 0 for row in rows if row["stage"].startswith("rlvr"))
     for name in ("policy/loss", "correction/ess", "learner/wait_share", "rollout/response_tokens"):
         assert all(name in row for row in align), name
+    assert all(row["rollout/engine_tokens_per_second/0"] == row["rollout/tokens_per_second"] > 0 for row in align)
+    shares = [row[f"{who}/wait_share"] for row in align for who in ("learner", "rollout", "judge")]
+    assert all(0 <= share <= 1 for share in shares)
+    known = {f"ray_{exported(name)[0]}" for row in rows for name in row}
+    known |= {f"ray_{name}" for name in (STEP, EVALUATION, f"{INCIDENTS}_total")}
+    assert queried() <= known, "the Grafana dashboard asks for what no run exports"
 
 
 def check_each_prompt_trained_once(run: Path) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     {"learner", "rollout"},
     {"verify"},
     {"weights", "runtime"},
-    {"corpora", "models", "testbed", "report", "planning"},
+    {"corpora", "models", "testbed", "report", "planning", "endpoint"},
     {"response", "codec"},
     {"records", "config"},
 )

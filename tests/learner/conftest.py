@@ -29,10 +29,10 @@ def picture(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_group(encoder: Encoder, number: int, size: int = 4, image: bool = True, version: int = 0) -> Group:
-    """A judged group with rollouts of several lengths, the last of them invalid."""
+def make_group(encoder: Encoder, number: int, size: int = 4, image: int = 1, version: int = 0) -> Group:
+    """A judged group with rollouts of several lengths, the last of them invalid; `image` is how many the prompt has."""
     rng = np.random.default_rng(number)
-    images = (picture(number),) if image else ()
+    images = tuple(picture(number + 100 * i) for i in range(image))
     prompt = Prompt(f"p{number}", ({"role": "user", "content": "<image>" * image + " max of red"},), images)
     prompt_ids = encoder.prompt(prompt).token_ids.numpy().astype(np.int32)
     rollouts, verdicts = [], []

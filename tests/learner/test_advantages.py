@@ -97,6 +97,14 @@ def test_bounded_views_is_the_standardised_sigmoid_of_the_gap():
     torch.testing.assert_close(result.combined_N, (result.views["perception"] + result.views["reasoning"]) / 2)
 
 
+def test_without_the_deviation_views_are_centred_alone():
+    case = judged(valid_N=torch.ones(4, dtype=torch.bool))
+    result = estimate(case, AdvantageSettings(by_std=False), 128, DEFAULT_VIEWS)
+    for view in ("perception", "reasoning"):
+        rewards = torch.sigmoid((case.scores[view] - case.reference_scores[view]) / 3)
+        torch.testing.assert_close(result.views[view], rewards - rewards.mean())
+
+
 def weighted(*weights: float) -> list[ViewSettings]:
     return [v.model_copy(update={"weight": w}) for v, w in zip(DEFAULT_VIEWS, weights, strict=True)]
 

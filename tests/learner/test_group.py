@@ -70,8 +70,12 @@ async def life(policy_folder, make_group, tmp_path):
     exported = load_policy(tmp_path / "hf")
     assert all(torch.equal(p, torch.from_numpy(first[n].copy())) for n, p in exported.named_parameters())
 
+    published = await learner.weights()
     await learner.update(tickets, version=4)
+    set_aside = ray.get(published)
+    assert all(np.array_equal(set_aside[n], first[n]) for n in first), "the step reached what was to be published"
     second = ray.get(await learner.weights())
+    assert any((second[n] != first[n]).any() for n in first)
     await learner.load(tmp_path / "state")
     await learner.update(tickets, version=4)
     again = ray.get(await learner.weights())

@@ -96,6 +96,7 @@ ADVANTAGE_FIELDS = {
     "estimator": [{"estimator": e} for e in ("grpo", "dr_grpo", "rloo", "prism_paper", "prism_code", "bounded_views")],
     "credit": [{"credit": "per_view"}, {"credit": "all_tokens"}],
     "temperature": [{}, {"temperature": 0.5}],
+    "by_std": [{}, {"by_std": False}],
     "invalid_offset": [{}, {"invalid_offset": 0.7}],
     "invalid_penalty": [{}, {"invalid_penalty": 0.7}],
     "overlong_share": [{"estimator": "grpo", "overlong_share": v} for v in (0.0, 0.5)],
@@ -117,6 +118,7 @@ def test_every_setting_of_the_advantage_matters(field):
 REFUSED = [
     (AdvantageSettings, {"estimator": "grpo", "credit": "per_view"}, "set credit: all_tokens"),
     (AdvantageSettings, {"estimator": "grpo", "invalid_penalty": 1.0}, "remove them"),
+    (AdvantageSettings, {"estimator": "grpo", "by_std": False}, "rewards have estimator: dr_grpo"),
     (AdvantageSettings, {"overlong_share": 0.5}, "set it to 0"),
     (ObjectiveSettings, {"kind": "gspo", "ratio_cap": 20.0}, "belong to kind dppo_tv"),
     (CorrectionSettings, {"kind": "tis_token", "low": 0.5}, "has no lower bound"),

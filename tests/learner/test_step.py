@@ -28,7 +28,7 @@ SMALL = 64
 
 @pytest.fixture(scope="module")
 def groups(make_group):
-    return [make_group(0, version=3), make_group(1, version=2), make_group(2, size=2, image=False, version=1)]
+    return [make_group(0, version=3), make_group(1, image=2, version=2), make_group(2, size=2, image=0, version=1)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from prism_ray.learner.work import prepare
 
 @pytest.fixture(scope="module")
 def groups(make_group):
-    return [make_group(0, version=3), make_group(1, version=2), make_group(2, size=2, image=False, version=1)]
+    return [make_group(0, version=3), make_group(1, image=2, version=2), make_group(2, size=2, image=0, version=1)]
 
 
 def test_samples_carry_what_was_sampled(groups, encoder):

@@ -139,3 +139,28 @@ def test_rope_positions_of_adjacent_images_do_not_overlap():
     positions = rope_positions(2, (0, 1), ((1, 4, 6), (1, 2, 2)), 2)
     assert positions.shape == (3, 7)
     assert np.array_equal(positions[:, -1], [3, 3, 3])
+
+
+def test_a_length_is_known_without_decoding(encoder, ask, picture, prompts):
+    odd = ask("odd", picture(0, 70, 50), picture(1, 300, 30), picture(2, 5, 7))
+    for prompt in (*prompts, odd):
+        assert encoder.length(prompt) == len(encoder.prompt(prompt).token_ids)
+
+
+def test_fitted_images_give_the_same_tensors_and_are_fitted_once(encoder, ask, picture):
+    prompt = ask("odd", picture(0, 70, 50), picture(1, 96, 64), picture(2, 300, 30))
+    fitted = encoder.fitted(prompt)
+    before, after = encoder.prompt(prompt), encoder.prompt(fitted)
+    assert torch.equal(before.token_ids, after.token_ids) and torch.equal(before.grid_thw, after.grid_thw)
+    assert torch.allclose(before.pixel_values, after.pixel_values, atol=1e-6)
+    assert fitted.images[1] == prompt.images[1] and fitted.images[0] != prompt.images[0]
+    assert encoder.fitted(fitted) == fitted
+    sizes = [image.size for image in encoder.engine_prompt(fitted)["multi_modal_data"]["image"]]
+    assert all(side % 32 == 0 for size in sizes for side in size)
+
+
+def test_ten_megabytes_are_too_long_before_they_are_tokenised(encoder, ask, monkeypatch):
+    monkeypatch.setattr(encoder, "tokenizer", None)
+    with pytest.raises(PromptTooLong, match="prompt wordy: .* tokens exceed") as caught:
+        encoder.prompt(ask("wordy", question=" max" * 2_500_000))
+    assert caught.value.tokens > encoder.max_prompt_tokens

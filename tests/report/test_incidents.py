@@ -113,3 +113,12 @@ def test_thinning_keeps_to_its_bound_and_loses_no_count_of_what_it_keeps(most):
     for kind in kinds(kept):
         if not kind.newest["what"].startswith("x"):
             assert kind.count == 60
+
+
+def test_who_wants_to_know_hears_of_each_incident(tmp_path):
+    told = []
+    with IncidentLog(tmp_path, str, lambda level, room: told.append((level, room))):
+        logging.getLogger("prism_ray.rollout.pool").warning("engine 0 died")
+        logging.getLogger("prism_ray.learner.group").info("all is well")
+        logging.getLogger("prism_ray.stages.run").error("align failed")
+    assert told == [("WARNING", "rollout"), ("ERROR", "stages")]

@@ -1,11 +1,10 @@
 import json
 import math
-import sys
 
 import numpy as np
+import pytest
 import torch
 
-from prism_ray.config.report import ReportSettings
 from prism_ray.report.metrics import MetricsLog, read_metrics
 
 
@@ -61,15 +60,42 @@ def test_there_are_no_metrics_before_there_is_a_file(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_wandb_is_not_even_imported_by_default(tmp_path):
-    before = "wandb" in sys.modules
-    MetricsLog(tmp_path, ReportSettings()).close()
-    assert ("wandb" in sys.modules) == before
+class Sink:
+    """Keeps what it is told; one that is broken raises."""
+
+    def __init__(self, broken=False):
+        self.told, self.broken = [], broken
+
+    def write(self, stage, step, numbers):
+        if self.broken:
+            raise OSError("gone")
+        self.told.append((stage, step, dict(numbers)))
+
+    def evaluated(self, label, numbers):
+        self.told.append((label, dict(numbers)))
+
+    def close(self, failed):
+        self.told.append(failed)
 
 
-def test_wandb_offline_writes_into_the_run_folder(tmp_path):
-    settings = ReportSettings.model_validate({"wandb": {"mode": "offline"}})
-    with MetricsLog(tmp_path, settings, {"seed": 0}) as log:
-        log.write("align", 1, {"policy/loss": 0.5})
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+def test_whoever_watches_hears_of_all_that_is_written_and_of_the_end(tmp_path):
+    sink = Sink()
+    with pytest.raises(RuntimeError), MetricsLog(tmp_path, sinks=[sink]) as log:
+        log.write("align", 1, {"a/b": np.float32(2.0)})
+        log.evaluated("prism", {"n": 8, "accuracy": {"mean": 0.5, "low": 0.25, "high": 0.75}})
+        raise RuntimeError
+    assert sink.told == [
+        ("align", 1, {"a/b": 2.0}),
+        ("prism", {"n": 8.0, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75}),
+        True,
+    ]
+
+
+def test_a_watcher_that_fails_is_given_up_and_the_run_goes_on(tmp_path, caplog):
+    broken, sound = Sink(broken=True), Sink()
+    with MetricsLog(tmp_path, sinks=[broken, sound]) as log:
+        log.write("align", 1, {"a/b": 1})
+        log.write("align", 2, {"a/b": 2})
+    assert broken.told == [] and len(sound.told) == 3
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert [r.message for r in caplog.records] == ["Sink failed; the run goes on without it"]

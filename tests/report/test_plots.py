@@ -95,3 +95,19 @@ def test_a_taller_bin_is_a_higher_bar():
 
 def test_an_empty_histogram_is_still_a_picture():
     ET.fromstring(histogram_plot([Bars("a", [0.0, 0.0], 0)], 0.0, 1.0, "score"))
+
+
+def ticks(plot):
+    return [float(text) for text in re.findall(r'text-anchor="end">([^<]+)<', plot)]
+
+
+def test_what_never_happened_is_a_line_at_zero_without_numbers_below_it():
+    assert min(ticks(line_plot([Line("a", [(1, 0.0), (2, 0.0)], 0)]))) == 0
+    assert min(ticks(line_plot([Line("a", [(1, -2.0), (2, -2.0)], 0)]))) < -1
+
+
+def test_a_share_is_shown_from_nothing_to_all():
+    points = [(1, 0.5), (2, 0.6)]
+    assert min(ticks(line_plot([Line("a", points, 0)]))) > 0.4
+    shown = ticks(line_plot([Line("a", points, 0)], share=True))
+    assert (min(shown), max(shown)) == (0, 1)

@@ -67,6 +67,8 @@ FULL = {
     "discriminator/gap/reasoning_held_out": 9.0, "discriminator/pair_accuracy/perception": 0.75,
     "discriminator/pair_accuracy/reasoning": 0.5, "discriminator/version": 12.0, "staleness/max": 1.0,
     "staleness/judge_max": 2.0, "rollout/tokens_per_second": 7094.2, "learner/wait_share": 0.34,
+    "rollout/engine_tokens_per_second/1": 3594.2, "rollout/engine_tokens_per_second/0": 3500.0,
+    "rollout/wait_share": 0.2, "judge/wait_share": 0.55, "policy/version": 11.0,
     "weights/paused_s": 0.1, "time/step_s": 1.0, "discriminator/alarm/chance/reasoning": 1.0,
     "discriminator/alarm/drift/reasoning": 0.0, "correction/ess": float("nan"),
 }  # fmt: skip
@@ -75,12 +77,20 @@ FULL = {
 def test_what_matters_of_a_step_is_told():
     assert telling(FULL) == [
         ("reward", "0.5"), ("gap (perception / reasoning)", "1.5 / 2.5"), ("pairs told apart", "0.75 / 0.5"),
-        ("effective samples", "–"), ("judge version", "12"), ("policy staleness", "1"), ("judge staleness", "2"),
-        ("tokens/s", "7094"), ("learner waits", "34%"), ("engines wait", "10%"), ("alarm", "chance (reasoning)"),
+        ("effective samples", "–"), ("policy version", "11"), ("judge version", "12"), ("policy staleness", "1"),
+        ("judge staleness", "2"), ("tokens/s", "7094"), ("of each engine", "3500 / 3594"),
+        ("learner waits for data", "34%"), ("engines wait for weights", "20%"), ("engines paused", "10%"),
+        ("judge waits for rollouts", "55%"), ("alarm", "chance (reasoning)"),
     ]  # fmt: skip
-    assert "judge version" not in dict(telling(FULL, brief=True))
+    assert not {"judge version", "of each engine"} & set(dict(telling(FULL, brief=True)))
     held_out = {"discriminator/pair_accuracy/reasoning_held_out": 0.9}
     assert telling(held_out) == [("held-out pairs told apart (reasoning)", "0.9")]
+
+
+def test_of_many_engines_the_slowest_and_the_fastest_are_told():
+    rates = {f"rollout/engine_tokens_per_second/{index}": 100.0 + index for index in range(32)}
+    assert telling(rates) == [("of each engine", "100 to 131")]
+    assert telling({"rollout/engine_tokens_per_second/0": 5.0, "reward/mean": 1.0}) == [("reward", "1")]
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -93,7 +103,7 @@ def test_the_panel_fits_any_terminal_and_tells_the_same(width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(re.sub(r"[│╭╮╰╯─━╸╺]", " ", text).split())
-    for told in ("judge version 12", "learner waits 34%", "7094", "chance (reasoning)"):
+    for told in ("judge version 12", "data 34%", "7094", "chance (reasoning)"):
         assert told in words
 
 

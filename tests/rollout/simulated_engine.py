@@ -8,6 +8,7 @@ import asyncio
 import os
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import ray
@@ -30,6 +31,17 @@ def piece(index, begin, end, version):
     return Piece(index, begin, tokens, logp, np.full(end - begin, version, np.int32), UNFINISHED)
 
 
+GARBAGE = {
+    "too few tokens": lambda r: replace(r, token_ids=r.token_ids[:-1]),
+    "no number": lambda r: replace(r, logp=np.full_like(r.logp, np.nan)),
+    "certain": lambda r: replace(r, logp=np.abs(r.logp) + 1),
+    "foreign token": lambda r: replace(r, token_ids=r.token_ids + VOCABULARY),
+    "from the future": lambda r: replace(r, versions=r.versions + 1),
+    "given up": lambda r: nothing("p", r.index),
+}
+"""What no policy can have sampled: how each kind makes it of a rollout."""
+
+
 class SimulatedEngine:
     """One token of every rollout each `pace_s`; `behave` makes it misbehave."""
 
@@ -44,7 +56,7 @@ class SimulatedEngine:
     @ray.method(concurrency_group="control")
     async def behave(self, what, pace_s=0.02):
         """`hang`: no token, no answer to pings; `sick`: pings fail; `fail`: groups do; `deaf`: groups never end;
-        `garbage`: groups come with versions from the future; `stubborn`: no group is ended early."""
+        `stubborn`: no group is ended early; one of GARBAGE: groups are returned so."""
         self._what, self._pace_s = what, pace_s
 
     @ray.method(concurrency_group="generate")
@@ -67,8 +79,9 @@ class SimulatedEngine:
         del self._running[request.key]
         try:
             abandoned = request.era < self._era or self._what == "stubborn"
-            version = sys.maxsize if abandoned else self._version
-            version -= self._what == "garbage"
+            version = None if abandoned else self._version
+            spoil = GARBAGE.get(self._what, lambda r: r)
+            rollouts = {i: spoil(r) for i, r in rollouts.items()}
             check_rollouts(list(rollouts.values()), request.sampling, VOCABULARY, version)
         except Garbage as error:
             raise Garbage(f"{self._name} returned garbage: {error}") from None

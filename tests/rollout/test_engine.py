@@ -55,6 +55,9 @@ def test_a_group_has_n_complete_rollouts(run, pool, ask, reference, settings):
 
 def test_log_probs_are_the_learners_before_and_after_every_tensor_changed(run, pool, ask, reference):
     prompts = [ask(f"p{i}", seed=i) for i in range(3)]
+    prompts.append(ask("long", seed=3, question=" red" * 140))  # a whole block of it is cached, and must be forgotten
+    both = ({"role": "user", "content": "<image> max of<image> red"},)
+    prompts.append(replace(prompts[0], id="two", messages=both, images=prompts[0].images + prompts[1].images))
     new = reference.changed(seed=0)
     assert all((new[n] != w).mean() > 0.99 for n, w in reference.weights.items())
     for weights, version in ((reference.weights, 0), (new, 1), (reference.changed(seed=1), 2), (reference.weights, 3)):

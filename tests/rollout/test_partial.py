@@ -91,5 +91,13 @@ def test_garbage_is_refused_with_what_is_wrong(rollouts, sentence):
 
 
 def test_what_a_policy_can_have_sampled_is_accepted():
-    for rollout in (GOOD, changed("logp", 0, 1e-6), changed("token_ids", 0, 9), whole(0, 0, UNFINISHED)):
+    for rollout in (GOOD, changed("logp", 0, 1e-6), changed("token_ids", 0, 9)):
         check_rollouts([rollout], Sampling(1, 1.0, 5), 10, 4)
+
+
+def test_only_what_was_abandoned_may_be_unfinished_or_later_than_the_engine():
+    later = replace(changed("versions", 0, 5), finish_reason=UNFINISHED)
+    for rollout in (whole(0, 0, UNFINISHED), later):
+        check_rollouts([rollout], Sampling(1, 1.0, 5), 10, None)
+        with pytest.raises(Garbage, match="an end after . tokens that nobody asked for"):
+            check_rollouts([rollout], Sampling(1, 1.0, 5), 10, 9)

@@ -15,7 +15,7 @@ from prism_ray.records import Ticket
 from prism_ray.rollout import pool as pool_module
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.rollout.sampling import EngineFailed
-from tests.rollout.simulated_engine import SIMULATED_ACTOR
+from tests.rollout.simulated_engine import GARBAGE, SIMULATED_ACTOR
 
 QUICK = RolloutSettings(
     engines=2,
@@ -71,14 +71,14 @@ async def until(met):
             await asyncio.sleep(0.02)
 
 
-def check(done, versions=(0,)):
+def check(done, versions=(0,), length=QUICK.max_response_tokens):
     """Every group once, every token where it belongs."""
     assert len({t.id for t in done}) == len(done)
     for ticket in done:
         group = ray.get(ticket.ref)
         assert group.id == ticket.id and [r.index for r in group.rollouts] == [0, 1]
         for r in group.rollouts:
-            positions = np.arange(QUICK.max_response_tokens)
+            positions = np.arange(length)
             assert r.token_ids.tolist() == ((7 * r.index + positions) % 50).tolist() and r.finish_reason == "length"
             np.testing.assert_allclose(r.logp, -(r.versions + 0.001 * positions), rtol=1e-5)
             assert set(r.versions.tolist()) <= set(versions)
@@ -207,24 +207,34 @@ def test_a_group_that_loses_every_engine_is_named(make, run):
 
 
 def test_garbage_is_refused_and_sampled_once_more_elsewhere(make, run, caplog):
-    pool = make()
+    pool = make(max_restarts=len(GARBAGE), max_response_tokens=10)
 
-    async def scene():
-        await behave(pool, 0, "garbage")
+    async def scene(kind):
+        await until(lambda: len(pool._ready) == 2)
+        await behave(pool, 0, kind)
         return await asyncio.gather(*groups(pool, 2))
 
-    with caplog.at_level(logging.WARNING):
-        done = run(asyncio.wait_for(scene(), 60))
-    check(done)
-    assert sorted(t.stats["rollout/refused"] for t in done) == [0, 1]
-    assert "engine 0 returned garbage: rollout 0 of prompt p with versions 0 to 0 while it held -1" in caplog.text
+    for kind, words in {
+        "too few tokens": "9 tokens, 10 log-probs and 10 versions",
+        "no number": "a log-prob that is not finite",
+        "certain": "a log-prob of 1.0",
+        "foreign token": "in a vocabulary of 50",
+        "from the future": "versions 1 to 1 while it held 0",
+        "given up": "an end after 0 tokens that nobody asked for",
+    }.items():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            done = run(asyncio.wait_for(scene(kind), 60))
+        check(done, length=10)
+        assert sorted(t.stats["rollout/refused"] for t in done) == [0, 1], kind
+        assert f"rollout engine 0 returned garbage: rollout 0 of prompt p with {words}" in caplog.text, kind
 
 
 def test_garbage_twice_ends_with_the_engines_name(make, run):
     pool = make()
 
     async def scene():
-        await asyncio.gather(*(behave(pool, i, "garbage") for i in (0, 1)))
+        await asyncio.gather(*(behave(pool, i, "no number") for i in (0, 1)))
         await asyncio.gather(*groups(pool, 1))
 
     with pytest.raises(EngineFailed, match=r"rollout engine \d returned garbage: rollout 0 .*, again"):

@@ -1,10 +1,21 @@
 """A resume finds the newest complete checkpoint and uses every prompt exactly once."""
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
-from prism_ray.runtime.checkpoint import CheckpointError, Remaining, commit, first_open, folder_for, latest, usable
+from prism_ray.runtime.checkpoint import (
+    CheckpointError,
+    Remaining,
+    commit,
+    first_open,
+    folder_for,
+    latest,
+    settle,
+    usable,
+)
 from prism_ray.runtime.loop import LoopState
 from prism_ray.runtime.protocols import Ticket
 
@@ -20,6 +31,28 @@ def test_the_newest_committed_checkpoint_is_found_and_older_ones_removed(tmp_pat
     folder_for(tmp_path, 3).mkdir()  # written by the rooms, but the process died before the commit
     assert latest(tmp_path) == LoopState(2, 7, [1, 2], [0, 1])
     assert not folder_for(tmp_path, 1).exists()
+
+
+def test_the_disk_has_a_checkpoint_before_the_older_one_goes(tmp_path, monkeypatch):
+    """What was synced, in the order of it, against when the older folder went."""
+    synced: list[tuple[str, bool]] = []
+    real, older = os.fsync, folder_for(tmp_path, 1)
+
+    def noting(handle):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, older.exists()))
+        real(handle)
+
+    older.mkdir(parents=True)
+    commit(tmp_path, LoopState(1))
+    monkeypatch.setattr("os.fsync", noting)
+    part = folder_for(tmp_path, 2) / "learner" / "weights"
+    part.parent.mkdir(parents=True)
+    part.write_text("x")
+    settle(tmp_path, 2)
+    commit(tmp_path, LoopState(2))
+    assert {name for name, _ in synced[:3]} == {"weights", "learner", "000002"}
+    assert [name for name, _ in synced[3:]] == ["latest.json.new", tmp_path.name]
+    assert all(there for _, there in synced) and not older.exists()
 
 
 def test_no_checkpoint_is_none_and_a_damaged_one_is_named(tmp_path):

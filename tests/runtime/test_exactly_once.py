@@ -136,7 +136,7 @@ async def life(folder: Path, seed: int, fate: Fate, staleness: int, every: int) 
     state = checkpoint.latest(state_folder) or LoopState()
     SimulatedKeeper.fate = fate
     keeper = SimulatedKeeper(folder / "journal", JournalSettings(segment_mb=0.0005, keep=True))
-    restored, done = await checkpoint.take_up(keeper, state, options)
+    restored, done = await checkpoint.take_up(keeper, state, 0, options)
     world = SimulatedWorld(seed, fate, checkpoint.first_open(done))
     if state.version:
         saved = checkpoint.folder_for(state_folder, state.version) / "weights.json"

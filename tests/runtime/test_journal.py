@@ -1,5 +1,7 @@
 """Nothing judged is lost: the journal survives torn tails, and damage elsewhere is named."""
 
+import os
+import stat
 import subprocess
 import sys
 
@@ -87,6 +89,27 @@ journal.append(entry(2))
     assert "cannot write the journal in" in done.stdout and "free disk space" in done.stdout
     assert list(read(tmp_path)) == [*entries(1), *entries(1, start=2)]
     assert segments(tmp_path)[0].stat().st_size < 200, "a piece of the record stayed"
+
+
+def test_with_fsync_the_disk_has_each_record_and_each_files_name_before_it_counts(tmp_path, monkeypatch):
+    synced: list[tuple[bool, int]] = []
+    real = os.fsync
+
+    def noting(handle):
+        status = os.fstat(handle)
+        synced.append((stat.S_ISDIR(status.st_mode), status.st_size))
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", noting)
+    journal = Journal(tmp_path, 200 / 2**20, fsync=True)
+    sizes = []
+    for item in entries(3):
+        number = journal.append(item)
+        sizes.append(segments(tmp_path)[number - 1].stat().st_size)
+    assert [size for folder, size in synced if not folder] == sizes, "not all of a record was there yet"
+    assert [folder for folder, _ in synced] == [True, False, False, True, False]
+    Journal(tmp_path / "off", 1.0, fsync=False).append(entries(1)[0])
+    assert len(synced) == 5
 
 
 def test_two_writers_never_share_a_segment(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from prism_ray.config.runtime import JournalSettings
-from prism_ray.records import Group, Prompt, Rollout, Ticket, Verdict
+from prism_ray.records import UNDONE, Group, Prompt, Rollout, Ticket, Verdict
 from prism_ray.runtime import journal
 from prism_ray.runtime.keeper import JournalKeeper
 
@@ -44,11 +44,11 @@ def test_judged_groups_survive_the_process_until_they_are_consumed(cluster, tmp_
 
     async def second():
         keeper = JournalKeeper(tmp_path, SMALL)
-        assert await keeper.restore({0, 1}, 1) == [], "version 2 was undone by the crash"
+        assert await keeper.restore({0, 1}, 1, 4) == [], "version 2 was undone by the crash"
         assert keeper.last_id == 3, "ids of groups that are not used must not come again either"
-        restored = await keeper.restore({0, 1}, 2)
+        restored = await keeper.restore({0, 1}, 2, 4)
         groups = [await t.ref for t in restored]
-        await keeper.resume(2, [2, 3])
+        await keeper.resume(2, 4, [2, 3])
         await keeper.append(ticket(4))
         await keeper.forget([2])
         again = await found(tmp_path, {0, 1, 2}, 2)
@@ -71,10 +71,10 @@ def test_judged_groups_survive_the_process_until_they_are_consumed(cluster, tmp_
     assert [e["ticket"]["id"] for e in journal.read(tmp_path) if "group" in e] == [4, 5]
 
 
-async def found(folder, consumed, version):
+async def found(folder, consumed, version, judge_version=4):
     keeper = JournalKeeper(folder, SMALL)
     try:
-        return await keeper.restore(consumed, version)
+        return await keeper.restore(consumed, version, judge_version)
     finally:
         await keeper.close()
 
@@ -86,13 +86,34 @@ def test_groups_that_a_resume_did_not_use_never_come_back(cluster, tmp_path):
         keeper = JournalKeeper(tmp_path, SMALL)
         for number in range(3):
             await keeper.append(ticket(number))
-        assert await keeper.restore(set(), 1) == []
-        await keeper.resume(1, [])
+        assert await keeper.restore(set(), 1, 4) == []
+        await keeper.resume(1, 4, [])
         await keeper.append(ticket(3))
         await keeper.close()
         return await found(tmp_path, set(), 2)
 
     assert [t.id for t in asyncio.run(drive())] == [3]
+
+
+def test_verdicts_of_an_undone_judge_stay_undone_even_when_another_reaches_its_number(cluster, tmp_path):
+    """Twice taken up: the judge was at 4, went back to 3, came to 4 anew. Verdicts of the first 4 must not pass."""
+
+    async def drive():
+        keeper = JournalKeeper(tmp_path, SMALL.model_copy(update={"keep": True}))
+        for number in range(3):
+            await keeper.append(ticket(number))  # judged by version 4
+        first = await keeper.restore(set(), 2, 3)
+        await keeper.resume(2, 3, [0, 1, 2])
+        await keeper.append(ticket(3))  # by the version 4 that counts
+        await keeper.trained(2, [replace(first[2], judge_version=4)])  # judged again, by that one too
+        await keeper.close()
+        return first, await found(tmp_path, {2}, 3, 4)
+
+    first, second = asyncio.run(drive())
+    assert [t.judge_version for t in first] == [UNDONE] * 3
+    assert {t.id: t.judge_version for t in second} == {0: UNDONE, 1: UNDONE, 3: 4}
+    written = [e["ticket"] for e in journal.read(tmp_path) if "group" in e]
+    assert [t["judge_version"] for t in written if t["id"] == 2] == [4, 4], "the verdicts that trained are not noted"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -103,7 +124,7 @@ def test_a_lost_actor_is_replaced_and_everything_counts_once(cluster, tmp_path, 
         pid = await keeper._watched.actor.__ray_call__.remote(lambda _: os.getpid())
         os.kill(pid, number)
         await asyncio.gather(*(keeper.append(ticket(i)) for i in range(4)))  # 0: written before, but not acknowledged
-        restored = await keeper.restore(set(), 2)
+        restored = await keeper.restore(set(), 2, 4)
         groups = [await t.ref for t in restored]
         await keeper.close()
         return restored, groups

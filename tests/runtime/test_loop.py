@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from prism_ray.config.runtime import LoopSettings
+from prism_ray.records import UNDONE
+from prism_ray.runtime.buffer import StallError
 from prism_ray.runtime.loop import Loop, LoopState
 from prism_ray.runtime.protocols import Ticket
 
@@ -210,10 +212,22 @@ def test_the_lag_of_the_judge_is_measured_and_bounded():
 def test_verdicts_of_a_judge_that_went_back_to_a_checkpoint_are_given_anew():
     world = LearningJudge(version=7)
     world.position, world.kept = 4, [0, 1, 2, 3]
-    restored = tuple(Ticket(i, f"p{i}", i, None, 0, judge_version=9) for i in range(4))
+    restored = tuple(Ticket(i, f"p{i}", i, None, 0, judge_version=UNDONE) for i in range(4))
     _, rows = looped(world, 1, restored)
     assert world.judged == Counter(range(4)) and world.lags == [0] * 4
     assert rows[0]["staleness/judged_again"] == 4
+
+
+def test_verdicts_that_are_to_be_given_anew_are_waited_for_so_long_and_no_longer():
+    class Silent(LearningJudge):
+        async def judge(self, ticket: Ticket) -> Ticket:
+            return await asyncio.Event().wait() if ticket.id < 4 else await super().judge(ticket)
+
+    world = Silent()
+    world.position, world.kept = 4, [0, 1, 2, 3]
+    restored = tuple(Ticket(i, f"p{i}", i, None, 0, judge_version=UNDONE) for i in range(4))
+    with pytest.raises(StallError, match=r"update 1 waited 0 s for new verdicts on groups \[0, 1, 2, 3\]"):
+        looped(world, 2, restored, stall_timeout_s=0.2)
 
 
 def test_ratios_are_those_of_the_update_just_made_and_only_for_a_judge_that_wants_them():

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import ray
 
-from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP, Lost, Watched
+from prism_ray.runtime.supervision import HEALTH, HEALTH_GROUP, Lost, Watched, blocking_answer, fetch
 
 
 class Worker:
@@ -114,6 +114,37 @@ def test_a_call_to_an_actor_already_lost_fails_at_once(cluster):
                 await watched.answer(watched.actor.add.remote(1, 2), "add once more", 60)
 
     asyncio.run(drive())
+
+
+def test_a_reference_is_waited_for_so_long_and_then_named(cluster):
+    async def drive() -> None:
+        async with watched_worker() as (watched, pid):
+            assert await fetch(watched.actor.add.remote(1, 2), "a sum", 20) == 3
+            with pytest.raises(ValueError, match="the number is odd"):
+                await fetch(watched.actor.refuse.remote(), "a sum", 20)
+            late = watched.actor.add.remote(1, 2, seconds=2.0)
+            with pytest.raises(TimeoutError, match=r"waited 0\.2 s for a sum; look into the log"):
+                await fetch(late, "a sum", 0.2)
+            assert await fetch(late, "a sum", 20) == 3, "giving up has ended it for others too"
+
+    asyncio.run(drive())
+
+
+def test_without_an_event_loop_a_wait_ends_with_the_actors_name_too(cluster):
+    actor = ACTOR.options(num_cpus=0).remote()
+    pid = ray.get(actor.alive.remote())
+    try:
+        assert blocking_answer(actor.add.remote(1, 2), "worker 0", "add", 20) == 3
+        with pytest.raises(ValueError, match="the number is odd"):
+            blocking_answer(actor.refuse.remote(), "worker 0", "refuse", 20)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"waited 0\.5 s for worker 0 to add"):
+            blocking_answer(actor.add.remote(1, 2), "worker 0", "add", 0.5)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(Lost, match="worker 0 died while it was to add"):
+            blocking_answer(actor.add.remote(1, 2), "worker 0", "add", 20)
+    finally:
+        ray.kill(actor)
 
 
 def test_ending_a_wait_leaves_no_task_behind(cluster):

@@ -66,6 +66,42 @@ def test_groups_are_where_the_slow_room_is(slow, where):
     assert found.pop(where) > 0 and sum(found.values()) == 0
 
 
+@pytest.mark.parametrize(
+    ("slow", "staleness", "waits"),
+    [("rollout", 3, "judge"), ("learner", 0, "rollout"), ("learner", 0, "judge"), ("judge", 0, "rollout")],
+)
+def test_a_room_waits_for_the_slow_one(slow, staleness, waits):
+    rows = []
+
+    async def on_step(state, metrics):
+        rows.append(metrics)
+
+    rooms = SimulatedRooms("engines" if slow == "rollout" else slow)
+    loop = Loop(rooms, rooms, rooms, rooms, rooms, LoopSettings(groups_per_step=2, max_staleness=staleness), on_step)
+    asyncio.run(loop.run(6, LoopState()))
+    waited = {room: [row[f"{room}/wait_share"] for row in rows] for room in ("learner", "rollout", "judge")}
+    assert all(0 <= share <= 1 for shares in waited.values() for share in shares)
+    assert sum(waited[waits]) > sum(waited[slow])
+
+
+def test_a_judge_that_learns_does_not_wait():
+    rows = []
+
+    async def on_step(state, metrics):
+        rows.append(metrics)
+
+    class Learning(SimulatedRooms):
+        async def learn(self, tickets, version, ratios=None):
+            await asyncio.sleep(0.01)
+            return {}
+
+    rooms = Learning("nobody")
+    loop = Loop(rooms, rooms, rooms, rooms, rooms, LoopSettings(groups_per_step=2, max_staleness=0), on_step)
+    asyncio.run(loop.run(6, LoopState()))
+    assert sum(row["judge/wait_share"] for row in rows) < sum(row["rollout/wait_share"] for row in rows)
+    assert sum(row["loop/judging"] for row in rows) == 0, "a judge that learns judges no group"
+
+
 def test_a_group_counts_for_what_it_waits_for_and_for_nothing_once_it_is_ready():
     buffer = Buffer(groups_per_step=2, max_staleness=1)
     for number in (1, 2):

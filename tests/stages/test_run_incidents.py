@@ -15,7 +15,7 @@ log = logging.getLogger("prism_ray.rollout.pool")
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
+def settings(tmp_path, monkeypatch, cluster):
     """A run of two stages that start nothing: `sft` warns and ends well, `warmup` fails."""
 
     async def sft():

@@ -98,3 +98,16 @@ def test_other_contents_of_the_users_own_file_are_noticed(keys, tmp_path):
     file.write_bytes(b"ab")
     changed = {name for name, key in keys(f"data.align=[{file}]").items() if key != before[name]}
     assert changed == {"warmup", "align", "rlvr", "references", "rlvr-references", "evaluate"}
+
+
+def test_a_served_judge_takes_the_place_of_warm_up_and_verifier(keys):
+    served = ("served.url=http://host:8000", "align.judge=serve", "rlvr.judge=serve")
+    before, after = keys(), keys(*served)
+    assert {name for name in before if before[name] != after[name]} == {"align"} | RLVR
+    assert keys(*served, "discriminator.experts=2")["align"] == after["align"], "no warm-up is needed"
+    assert keys(*served, "verify.options={limit_s: 5}")["rlvr"] == after["rlvr"]
+    for other in ("served.url=http://other", "served.version=abc"):
+        changed = {name for name, key in keys(*served, other).items() if key != after[name]}
+        assert changed == {"align"} | RLVR
+    for harmless in ("served.timeout_s=9", "served.concurrency=2"):
+        assert keys(*served, harmless) == after

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from ray.exceptions import ObjectLostError, OwnerDiedError
 
 from prism_ray.config.run import RunSettings
 from prism_ray.report.metrics import MetricsLog
@@ -72,3 +73,13 @@ def test_recoveries_are_limited_from_each_checkpoint(caplog):
     assert "align: learner rank 0 died; the stage goes on from update 10" in caplog.text
     with pytest.raises(RuntimeError, match="learner rank 0 died; align was taken up again 2 times from update 10"):
         recoveries.note(Lost("learner rank 0 died."), 10)
+
+
+def test_a_lost_object_is_told_by_its_cause_and_not_by_rays_advice(caplog):
+    _Recoveries("align", most=1).note(OwnerDiedError("ff00", None, ""), 4)
+    _Recoveries("align", most=1).note(ObjectLostError("ff00", None, "loop.py:1"), 6)
+    gone = "align: a group is gone from the object store:"
+    assert caplog.messages == [
+        f"{gone} The object's owner has exited; the stage goes on from update 4",
+        f"{gone} All copies of ff00 have been lost due to node failure; the stage goes on from update 6",
+    ]

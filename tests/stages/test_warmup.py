@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -24,7 +25,7 @@ from prism_ray.report.metrics import MetricsLog, read_metrics
 from prism_ray.report.summary import Summary
 from prism_ray.response import render
 from prism_ray.stages.session import Session
-from prism_ray.stages.warmup import WORST_FILE, WeakDiscriminator, _train
+from prism_ray.stages.warmup import WORST_FILE, WeakDiscriminator, _question, _sample, _train, run_warmup
 from prism_ray.verify.answer import truth_of
 
 VIEW_NAMES = ("perception", "reasoning")
@@ -158,3 +159,45 @@ def test_whole_responses_are_warmed_up_on_as_one_view_and_a_watched_view_is_not_
             warm_up(folder, tmp_path / name, override, "warmup.max_steps=1", "warmup.target_accuracy=1", start=name,
                     same=True)  # fmt: skip
         assert f"0.00 ({'whole' if name == 'whole' else 'rest'})" in str(error.value) and "seen" not in str(error.value)
+
+
+def test_pairs_that_were_written_before_need_no_engines_and_no_question_is_on_both_sides(folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number in range(60):
+        pixels = np.random.default_rng(number // 3).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number // 3}.png")
+        row = {"id": f"{number}", "image": f"images/{number // 3}.png", "question": " count red"}
+        row |= {"teacher_caption": "<caption> red one two</caption>"}
+        row |= {"teacher_cot": "<think> max one</think><answer> one</answer>"}
+        row |= {"student_caption": "<caption> red</caption>", "student_cot": "<think> max</think><answer> two</answer>"}
+        lines.append(json.dumps(row | ({"student_cot": None} if number == 30 else {})))
+    (tmp_path / "warmup.jsonl").write_text("\n".join(lines))
+    settings = load_config(
+        RunSettings,
+        None,
+        [f"runs={tmp_path}", *SMALL, f"data.warmup=[{tmp_path / 'warmup.jsonl'}]", "warmup.target_accuracy=0.9",
+         "warmup.max_steps=30"],
+    )  # fmt: skip
+    metrics = MetricsLog(tmp_path / "tiny")
+    session = Session(settings, metrics, Summary(tmp_path / "tiny", "tiny"))
+    session.stage_folder("warmup").mkdir(parents=True)
+    try:
+        outcome = asyncio.run(
+            run_warmup(session, "warmup", folder / "policy", settings.data.warmup, written=True)  # engines would fail
+        )
+    finally:
+        metrics.close()
+    assert session._pool is None and (outcome.checkpoint / "config.json").exists()
+    last = read_metrics(session.folder / "metrics.jsonl")[-1]
+    assert all(last[f"discriminator/pair_accuracy/{view}_held_out"] >= 0.9 for view in VIEW_NAMES)
+    (bad,) = pq.read_table(session.quarantine).to_pylist()
+    assert bad["reason"] == "student_caption, student_cot: missing" and bad["unit"] == "byte"
+
+
+def test_a_reserved_question_is_passed_over():
+    stream: Any = Endless()
+    first = asyncio.run(_sample(HandWritten(False), stream, 3, 1, set()))
+    again: Any = Endless()
+    later = asyncio.run(_sample(HandWritten(False), again, 2, 1, {_question(g.prompt) for g in first}))
+    assert [g.prompt.id for g in later] == ["prompt-3", "prompt-4"]

@@ -1,11 +1,13 @@
 """Verifiers of a user's own, with every fault that one can have."""
 
 import ctypes
+import io
 import os
 import signal
 import time
 
 import gymnasium
+from PIL import Image
 
 from prism_ray.verify.environment import ResponseEnvironment
 from prism_ray.verify.rewards import Reward
@@ -86,5 +88,46 @@ class StrictEnvironment(ResponseEnvironment):
         return Reward(right, right, 1.0, True)
 
 
-for _name in ("Faulty", "Silent", "Wordy", "Lasting", "Parity", "Strict"):
+class TalkingEnvironment(ResponseEnvironment):
+    """Shows a picture after the first response, and pays for an odd number of letters in the second.
+
+    `fault` is met in the second turn by the episode that begins with the seed `struck`: `raise`, `hang`, or `crash`
+    (once, which the file `once` tells).
+    """
+
+    def __init__(self, fault="", struck=0, once=""):
+        super().__init__()
+        self.fault, self.struck, self.once = fault, struck, once
+
+    def reset(self, *, seed=None, options=None):
+        self.said, self.seed = [], seed
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, _, _, info = super().step(action)
+        self.said.append(action)
+        if len(self.said) == 1:
+            picture = io.BytesIO()
+            Image.new("RGB", (96, 64), (250, 90, 10)).save(picture, format="PNG")
+            message = {"role": "user", "content": "<image> count of red"}
+            return observation, 0.0, False, False, info | {"message": message, "images": (picture.getvalue(),)}
+        if self.seed == self.struck:
+            self._meet()
+        right = float(len(action) % 2)
+        return observation, right, True, False, info | {"accuracy": right, "letters": len("".join(self.said))}
+
+    def _meet(self):
+        if self.fault == "raise":
+            raise RuntimeError("no idea")
+        if self.fault == "hang":
+            time.sleep(600)
+        if self.fault == "crash" and not os.path.exists(self.once):
+            open(self.once, "w").close()
+            os._exit(1)
+
+    def verify(self, text, prompt):
+        return Reward(0.0, 0.0, 1.0, True)
+
+
+for _name in ("Faulty", "Silent", "Wordy", "Lasting", "Parity", "Strict", "Talking"):
     gymnasium.register(id=f"prism-test/{_name}-v0", entry_point=globals()[f"{_name}Environment"])

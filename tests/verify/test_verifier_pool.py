@@ -106,7 +106,7 @@ def test_a_verifier_that_died_between_two_groups_is_replaced_before_the_next(cap
             return await pool.judge(ticket(render("c", "t", "5")))
 
         assert asyncio.run(drive()).stats["verify/reward"] == 1.0
-    assert not caplog.messages, "nothing was judged twice"
+    assert caplog.messages == ["verifier 0 died; it is replaced"], "nothing was judged twice"
 
 
 def test_a_group_that_has_verdicts_is_judged_anew():

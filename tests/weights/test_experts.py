@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from prism_ray.weights.shared_memory import check_experts
+from prism_ray.weights.reload import check_experts
 
 
 def mixture(rows):

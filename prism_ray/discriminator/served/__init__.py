@@ -1,0 +1,1 @@
+"""A discriminator that is served elsewhere, as the judge of a run."""

@@ -1,0 +1,52 @@
+"""What jobs have in common that judge rollouts: what shapes their verdicts, and, where they go through a corpus once,
+batches of prompts and an end that saves the state."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+from prism_ray.config.verify import VerifySettings
+from prism_ray.corpora.stream import PromptStream
+
+CLEANING_S = 30.0
+"""Longest wait for engines to end after a signal; what is not noted by then is done again."""
+
+
+def verdicts_of(verify: VerifySettings) -> list[Any]:
+    """The settings that shape verdicts, not how fast they come."""
+    turns = [verify.max_turns] if verify.max_turns > 1 else []
+    return [verify.environment, verify.options, *turns]
+
+
+async def until_signal(work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work came to its end before Ctrl-C or SIGTERM, which cancel it."""
+    task, loop, stopped = asyncio.create_task(work), asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.wait({task}, timeout=CLEANING_S)
+        return False
+    finally:
+        stopping.cancel()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def next_batch(stream: PromptStream, size: int, wanted: int) -> tuple[list[tuple[int, Any]], bool]:
+    """Positions below `wanted` of the next prompts with references to them, and whether they are the last."""
+    batch: list[tuple[int, Any]] = []
+    while len(batch) < size:
+        _, position, ref = await stream.take()
+        if position >= wanted:
+            return batch, True
+        batch.append((position, ref))
+    return batch, False

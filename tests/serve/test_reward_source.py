@@ -1,0 +1,137 @@
+"""A served discriminator as the judge of a run: the same verdicts and metrics as the run's own, frozen."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+
+from prism_ray.config.discriminator import DiscriminatorSettings
+from prism_ray.config.load import ConfigError, load_config
+from prism_ray.config.run import RunSettings
+from prism_ray.config.served import ServedSettings
+from prism_ray.config.views import ViewSettings
+from prism_ray.discriminator.model import load_discriminator
+from prism_ray.discriminator.scorer import judge, judged_metrics
+from prism_ray.discriminator.served.judging import OtherJudge, check_model, judged_group
+from prism_ray.discriminator.served.pool import ServedPool
+from prism_ray.endpoint.client import Client
+from prism_ray.endpoint.wire import EndpointError, Judge
+from prism_ray.models.encode import Encoder
+from prism_ray.records import Group, Prompt, Rollout
+from prism_ray.runtime.protocols import Ticket
+from prism_ray.stages.served import check_served, columns_for
+
+VIEWS = DiscriminatorSettings().views
+
+
+@pytest.fixture
+def group(png, response):
+    def make(seed: int = 0, *texts: str) -> Group:
+        texts = texts or (response(), response(" blue", " max"), "broken", response(" red two"))
+        messages = ({"role": "user", "content": "<image> count red"},)
+        prompt = Prompt(f"p{seed}", messages, (png(seed),), response(" red two", " count"))
+        none = np.zeros(0, np.int32)
+        rollouts = (
+            Rollout(prompt.id, i, none, none, np.zeros(0, np.float32), none, t, "stop") for i, t in enumerate(texts)
+        )
+        return Group(seed, prompt, tuple(rollouts))
+
+    return make
+
+
+@pytest.fixture
+def asked(endpoint, token):
+    """A group's answer from the endpoint, and what it says of itself."""
+
+    def ask(group: Group):
+        with Client(endpoint.url, token) as client:
+            prompt = group.prompt
+            texts = [r.text for r in group.rollouts]
+            answer = client.score([dict(m) for m in prompt.messages], texts, prompt.images, prompt.reference)
+            return answer, client.model()
+
+    return ask
+
+
+def test_verdicts_and_metrics_are_those_of_the_runs_own_judge(folder, asked, group):
+    answer, model = asked(group())
+    check_model(model, ServedSettings(url="http://x"), VIEWS)
+    ours, stats = judged_group(group(), answer, model)
+    [theirs] = judge(load_discriminator(folder).eval(), Encoder(folder, 512), [group()], 0)
+    for one, other in zip(ours.verdicts, theirs.group.verdicts, strict=True):
+        assert (one.valid, one.reason, one.judge_version) == (other.valid, other.reason, 0)
+        assert one.reward == pytest.approx(other.reward, rel=1e-5)
+        for name in ("scores", "reference_scores", "parts"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5)
+    expected = judged_metrics([theirs])
+    assert stats == {name: pytest.approx(expected[name], rel=1e-5) for name in stats}
+    assert stats["discriminator/identical/perception"] == pytest.approx(1 / 3)
+    assert {f"discriminator/{what}/{view.name}" for what in ("gap", "pair_accuracy") for view in VIEWS} <= set(stats)
+
+
+def test_another_judge_than_the_run_began_with_is_refused(asked, group):
+    answer, model = asked(group())
+    other = answer.model_copy(update={"model": Judge(name="discriminator", version="another")})
+    with pytest.raises(OtherJudge, match="went over from version .* to another"):
+        judged_group(group(), other, model)
+    with pytest.raises(OtherJudge, match="served.version is abc"):
+        check_model(model, ServedSettings(url="http://x", version="abc"), VIEWS)
+    whole = (ViewSettings(name="whole", tags=("caption", "think", "answer")),)
+    with pytest.raises(
+        OtherJudge, match=r"judges perception \(caption\); reasoning .* but discriminator.views are whole"
+    ):
+        check_model(model, ServedSettings(url="http://x"), whole)
+    with pytest.raises(OtherJudge, match="served.images is false"):
+        check_model(model, ServedSettings(url="http://x", images=False), VIEWS)
+
+
+def test_a_run_is_told_early_what_is_wrong_with_its_endpoint(endpoint, token, monkeypatch):
+    def settings(*more: str) -> RunSettings:
+        return load_config(RunSettings, None, ["align.judge=serve", f"served.url={endpoint.url}", *more])
+
+    monkeypatch.setenv("PRISM_SERVE_TOKEN", token)
+    check_served(settings())
+    monkeypatch.setenv("OTHER", "wrong")
+    for more, what in (
+        ("served.token_variable=OTHER", "wrong_token"),
+        ("served.version=abc", "served.version is abc"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            check_served(settings(more))
+    check_served(load_config(RunSettings))
+    with pytest.raises(ConfigError, match="served.url is empty"):
+        load_config(RunSettings, None, ["rlvr.judge=serve"])
+    with pytest.raises(ConfigError, match="served.url"):
+        settings("served.url=http://user:secret@host/")
+    assert columns_for("rlvr", load_config(RunSettings)) == ("reward_model",)
+    assert columns_for("rlvr", settings("rlvr.judge=serve")) == ("teacher_response",)
+
+
+def test_a_pool_judges_groups_in_an_actor_of_its_own(cluster, listening, other_folder, token, group, response):
+    """More responses than a request may have go in several; a change of weights at the endpoint ends the run."""
+
+    async def scenario(url: str, endpoint) -> tuple[list[Ticket], str]:
+        settings = ServedSettings(url=url, concurrency=4)
+        with pytest.raises(EndpointError, match="wrong_token"):
+            await ServedPool.start(settings, VIEWS, "wrong")
+        pool = await ServedPool.start(settings, VIEWS, token)
+        assert (pool.version, pool.wants_ratios, await pool.learn([], 0)) == (0, False, {})
+        groups = [group(i) for i in range(4)]
+        tickets = [Ticket(g.id, g.prompt.id, g.id, ray.put(g), stats={"other": 1.0}) for g in groups]
+        judged = await asyncio.gather(*(pool.judge(ticket) for ticket in tickets))
+        await asyncio.to_thread(endpoint.call, endpoint.service.load(other_folder))
+        with pytest.raises(OtherJudge, match="went over from version") as caught:
+            await pool.judge(tickets[0])
+        pool.shutdown()
+        return judged, str(caught.value)
+
+    with listening(limits={"responses": 3}) as endpoint:
+        judged, _ = asyncio.run(scenario(endpoint.url, endpoint))
+    for index, ticket in enumerate(judged):
+        verdicts = ray.get(ticket.ref).verdicts
+        assert [v.valid for v in verdicts] == [True, True, False, True] and ticket.id == index
+        assert ticket.stats["other"] == 1.0 and "discriminator/gap/reasoning" in ticket.stats
+        assert all(v.reference_scores == verdicts[0].reference_scores for v in verdicts if v.valid)
