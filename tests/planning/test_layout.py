@@ -54,8 +54,8 @@ def test_a_supervised_stage_after_engines_were_started_must_leave_them_their_gpu
 
 def test_learner_and_engine_share_their_gpus_in_the_colocated_layout():
     s = settings(
-        *GPUS, *ALIGN, "cluster.layout=colocated", "rollout.engines=4", "rollout.kv_cache_gb=20",
-        "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
+        *GPUS, *ALIGN, "cluster.layout=colocated", "rollout.sleep_level=1", "rollout.engines=4",
+        "rollout.kv_cache_gb=20", "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
     )  # fmt: skip
     of = layout("align", s)
     assert totals(of) == {"engine": 4, "judge ranks": 0.75, "scorer": 0.25}
@@ -71,11 +71,12 @@ def test_learner_and_engine_share_their_gpus_in_the_colocated_layout():
         ("rollout.gpus_per_engine=2", "rollout.gpus_per_engine and learner.gpus_per_rank must both be 1"),
         ("learner.gpus_per_rank=0", "rollout.gpus_per_engine and learner.gpus_per_rank must both be 1"),
         ("rollout.kv_cache_gb=null", "rollout.kv_cache_gb must be a number"),
+        ("rollout.sleep_level=0", "set rollout.sleep_level to 1 or 2"),
     ],
 )
 def test_what_engines_that_sleep_cannot_do_is_refused(override, says):
     good = [
-        *GPUS, "cluster.layout=colocated", "rollout.engines=4", "align.loop.max_staleness=0",
+        *GPUS, "cluster.layout=colocated", "rollout.sleep_level=1", "rollout.engines=4", "align.loop.max_staleness=0",
         "rlvr.loop.max_staleness=0",
     ]  # fmt: skip
     settings(*good)

@@ -98,7 +98,8 @@ def test_a_policy_of_unknown_size_is_refused(tmp_path):
 
 def test_the_colocated_layout_counts_what_the_learner_keeps_while_engines_sample():
     shared = (
-        "cluster.layout=colocated", "rollout.engines=4", "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
+        "cluster.layout=colocated", "rollout.sleep_level=2", "rollout.engines=4",
+        "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
         "discriminator.gpus_per_rank=1", "discriminator.gpus_per_scorer=1",
     )  # fmt: skip
     assert planned([of("4b")], *shared, "rollout.kv_cache_gb=30").problems == []
