@@ -65,10 +65,11 @@ class RolloutSettings(Settings):
     seed: int = 0
     """Added to the run's seed for the engines' random numbers; engine i uses their sum + i."""
 
-    sleep_level: Literal[1, 2] = 1
-    """How engines sleep in the colocated layout (`cluster.layout`) while the learner trains. vLLM gives the memory of
-    keys and values back in both; at 1 its weights wait in the host's memory, at 2 they are thrown away, since new ones
-    come before it wakes. 2 saves a copy of the policy per engine in the host's memory."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """Whether engines can sleep, and how deeply: 0 not at all; the colocated layout (`cluster.layout`) needs 1 or 2,
+    and puts them to sleep while the learner trains. vLLM gives the memory of keys and values back in both; at 1 its
+    weights wait in the host's memory, at 2 they are thrown away, since new ones come before it wakes, which saves a
+    copy of the policy per engine there."""
 
     partial: Literal["continue", "regenerate"] = "continue"
     """What becomes of an unfinished rollout whose engine was lost or removed. `continue`: another engine goes on from

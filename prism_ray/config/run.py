@@ -186,6 +186,8 @@ class RunSettings(Settings):
                 f"{why}rollout.gpus_per_engine and learner.gpus_per_rank must both be 1 (or 0, on CPUs), but they are "
                 f"{r.gpus_per_engine} and {t.gpus_per_rank:g}"
             )
+        if not r.sleep_level:
+            raise ValueError(f"{why}engines must be able to sleep; set rollout.sleep_level to 1 or 2")
         if r.gpus_per_engine and r.kv_cache_gb is None:
             raise ValueError(
                 f"{why}rollout.kv_cache_gb must be a number: unset, vLLM would take the memory that the learner keeps"

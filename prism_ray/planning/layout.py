@@ -96,6 +96,8 @@ class Node:
     cpus: float
     gpus: float = 0.0
     head: bool = False
+    id: str = ""
+    """Ray's, where it is a real one."""
 
 
 def layouts(settings: RunSettings) -> tuple[Layout, ...]:
@@ -124,6 +126,15 @@ def layout(stage: StageName, settings: RunSettings) -> Layout:
         setting = f"corpora.readers = {s.corpora.readers}"
         groups.append(Group(READERS, (Bundle(s.corpora.reader_cpus),) * s.corpora.readers, "anywhere", setting))
     return Layout(stage, tuple(groups))
+
+
+def whole_run(settings: RunSettings) -> tuple[Group, ...]:
+    """Everything that may be reserved at once, engines first: what each is given must leave room for the others."""
+    stages = set(settings.stages)
+    split = settings.cluster.layout == "split" and stages & set(TRAINED)
+    own = [learner(settings.learner)] if split else []
+    judges = judge(settings.discriminator) if stages & set(JUDGED) else []
+    return (*engines(settings.rollout, settings), *own, *judges)
 
 
 def engines(rollout: RolloutSettings, settings: RunSettings | None = None) -> list[Group]:
@@ -202,19 +213,19 @@ class Misfit(ValueError):
     """The bundles do not fit on the nodes; one sentence: what is asked for, what is there, what to change."""
 
 
-def assign(plan: Layout, nodes: Sequence[Node]) -> Placed:
-    """A node for every bundle, as Ray would about choose them (its own choice may differ where several fit).
-
-    Raises Misfit.
-    """
+def assign(plan: Layout, nodes: Sequence[Node], fixed: Placed | None = None) -> Placed:
+    """A node, by name, for every bundle; groups in `fixed` lie where it says. Raises Misfit."""
     _check_totals(plan, nodes)
-    rooms = [_Room(n, n.cpus, [1.0] * int(n.gpus)) for n in nodes]
-    placed: Placed = {}
-    for group in plan.groups:
-        whole = _holding_all(rooms, group) if group.strategy == "pack" else None
+    rooms = {n.name: _Room(n, n.cpus, [1.0] * int(n.gpus)) for n in nodes}
+    placed: Placed = {group.name: (fixed or {})[group.name] for group in plan.groups if group.name in (fixed or {})}
+    for group in (g for g in plan.groups if g.name in placed):
+        for bundle, name in zip(group.bundles, placed[group.name], strict=True):
+            rooms[name].take(bundle)
+    for group in (g for g in plan.groups if g.name not in placed):
+        whole = _holding_all(rooms.values(), group) if group.strategy == "pack" else None
         found: list[str] = []
         for bundle in group.bundles:
-            fitting = [room for room in rooms if room.holds(bundle)]
+            fitting = [room for room in rooms.values() if room.holds(bundle)]
             if not fitting:
                 raise Misfit(_no_room(plan, group, bundle, nodes))
             room = whole or min(fitting, key=lambda r: _preference(r, group, bundle, found))
@@ -224,7 +235,7 @@ def assign(plan: Layout, nodes: Sequence[Node]) -> Placed:
     return placed
 
 
-def _holding_all(rooms: Sequence[_Room], group: Group) -> _Room | None:
+def _holding_all(rooms: Iterable[_Room], group: Group) -> _Room | None:
     """The fullest node that has room for the whole group."""
 
     def holds_all(room: _Room) -> bool:

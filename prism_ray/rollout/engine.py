@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -376,6 +377,7 @@ def _arguments(folder: str | Path, settings: RolloutSettings, seed: int) -> Asyn
         tensor_parallel_size=max(1, settings.gpus_per_engine),
         distributed_executor_backend=transport.executor,
         enforce_eager=settings.enforce_eager,
+        enable_sleep_mode=settings.sleep_level > 0 and current_platform.is_sleep_mode_available(),
         enable_prefix_caching=settings.prefix_caching,
         limit_mm_per_prompt={"image": settings.max_images, "video": 0},
         # An image comes once an epoch. Without this cache no request can refer to an image that an update has dropped.

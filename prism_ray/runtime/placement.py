@@ -12,7 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    NODE_ID_LABEL_KEY,
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from prism_ray.config.rollout import RolloutSettings
@@ -23,6 +29,8 @@ from prism_ray.runtime.cluster import ClusterError, joins
 
 TELL_AFTER_S = 10.0
 """Seconds after which somebody who waits for resources is told what for."""
+UNBIND_AFTER_S = 5.0
+"""Seconds after which a group may lie on other nodes than the plan's."""
 LOOK_EVERY_S = 0.1
 HEAD = "node:__internal_head__"
 """The resource by which Ray marks a cluster's head."""
@@ -43,6 +51,7 @@ def nodes() -> tuple[Node, ...]:
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
             head=HEAD in node["Resources"],
+            id=node["NodeID"],
         )
         for node, address in zip(alive, addresses, strict=True)
     )
@@ -102,10 +111,15 @@ ANYWHERE = Anywhere()
 
 
 class Placement:
-    """The placement groups that a run holds, by the names of the plan's groups."""
+    """The placement groups that a run holds, by the names of the plan's groups.
 
-    def __init__(self, settings: ClusterSettings) -> None:
-        self._settings = settings
+    Left to itself Ray would put each engine on the emptiest node and leave the learner none that is whole. So bundles
+    are bound to the nodes that the plan gives them, as long as what the plan does not know of leaves them free.
+    """
+
+    def __init__(self, settings: ClusterSettings, plan: Sequence[Group] = ()) -> None:
+        """`plan` are all groups that may be held at once (without one, they lie where Ray puts them)."""
+        self._settings, self._plan = settings, plan
         self._held: dict[str, tuple[Group, PlacementGroup | None]] = {}
 
     async def reserve(self, groups: Iterable[Group]) -> None:
@@ -115,13 +129,44 @@ class Placement:
         ones are given up: ClusterError.
         """
         new = [group for group in groups if group.name not in self._held]
-        for group in new:
-            self._held[group.name] = group, _requested(group)
+        if not new:
+            return
+        where = await asyncio.to_thread(self._targets, new)
         try:
+            for group in new:
+                self._held[group.name] = group, _requested(group, where.get(group.name))
             await self._granted(new)
         except BaseException:
             self.release(*(group.name for group in new))
             raise
+
+    def holds(self, name: str) -> bool:
+        return name in self._held
+
+    def is_granted(self, name: str) -> bool:
+        """Whether a held group has all it reserved; not if a node of its was lost."""
+        group, _ = self._held[name]
+        return not self._pending([group])
+
+    def _targets(self, new: Sequence[Group]) -> dict[str, list[str]]:
+        """For every new group of the plan the ids of its nodes; none where the plan does not fit any more."""
+        there = nodes()
+        known, ids = {node.id: node.name for node in there}, {node.name: node.id for node in there}
+        fixed: dict[str, tuple[str, ...]] = {}
+        now = dict(self._held)  # others are reserved meanwhile
+        for name, (group, held) in now.items():
+            lies = placement_group_table(held)["bundles_to_node_id"] if held is not None else {}
+            at = [known.get(lies.get(i, "")) for i in range(len(lies))]
+            if len(at) == len(group.bundles) and all(at):
+                fixed[name] = tuple(str(node) for node in at)
+        names = {group.name for group in self._plan}
+        more = [group for name, (group, _) in now.items() if name in fixed and name not in names]
+        plan = [group for group in (*self._plan, *more) if all(bundle.resources for bundle in group.bundles)]
+        try:
+            placed = assign(Layout("run", tuple(plan)), there, fixed)
+        except Misfit:
+            return {}
+        return {g.name: [ids[node] for node in placed[g.name]] for g in new if g.name in placed}
 
     def options(self, name: str, index: int = 0) -> dict[str, Any]:
         """Ray's options for actor `index` of a group; none where it is not held, or reserves nothing."""
@@ -147,8 +192,14 @@ class Placement:
 
     async def _granted(self, new: Sequence[Group]) -> None:
         began, told, limit = time.monotonic(), False, self._settings.pending_timeout_s
+        bound = True
         while pending := await asyncio.to_thread(self._pending, new):
             waited = time.monotonic() - began
+            if bound and waited > min(UNBIND_AFTER_S, limit / 2):  # somebody else is where the plan would have them
+                bound = False
+                for group in pending:
+                    self.release(group.name)
+                    self._held[group.name] = group, _requested(group)
             if waited > limit:
                 raise ClusterError(_after(_lacking(pending), limit))
             if waited > TELL_AFTER_S and not told:
@@ -178,6 +229,8 @@ class EnginePlaces:
     async def take(self, index: int) -> dict[str, Any]:
         group = self._groups[min(index, len(self._groups) - 1)]
         name = layout.engine(index)
+        if self._placement.holds(name) and not await asyncio.to_thread(self._placement.is_granted, name):
+            self._placement.release(name)  # its node was lost
         await self._placement.reserve([Group(name, group.bundles, group.strategy, group.setting)])
         shared = {"num_gpus": layout.SHARE} if self._colocated and self._rollout.gpus_per_engine else {}
         return self._placement.options(name) | shared
@@ -187,9 +240,13 @@ class EnginePlaces:
             self._placement.release(layout.engine(index))
 
 
-def _requested(group: Group) -> PlacementGroup | None:
+def _requested(group: Group, where: Sequence[str] | None = None) -> PlacementGroup | None:
+    """Asked of Ray; `where` are the ids of the nodes that its bundles must be on."""
     bundles = [bundle.resources for bundle in group.bundles if bundle.resources]
-    return placement_group(bundles, strategy=STRATEGIES[group.strategy]) if bundles else None
+    if not bundles:
+        return None
+    selectors = [{NODE_ID_LABEL_KEY: node} for node in where] if where else None
+    return placement_group(bundles, strategy=STRATEGIES[group.strategy], bundle_label_selector=selectors)  # pyright: ignore[reportArgumentType]
 
 
 def _lacking(pending: Sequence[Group]) -> str:

@@ -17,7 +17,7 @@ from prism_ray.corpora.files import Source
 from prism_ray.discriminator.group import JudgePlaces
 from prism_ray.discriminator.segments import refusal
 from prism_ray.models.encode import Encoder, PromptTooLong
-from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer
+from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer, whole_run
 from prism_ray.records import Prompt
 from prism_ray.report.incidents import IncidentLog
 from prism_ray.report.metrics import MetricsLog
@@ -48,7 +48,7 @@ class Session:
         self.corpora: dict[str, list[Source]] = {}
         self.stop = asyncio.Event()
         self.stage = ""  # the one that runs now
-        self.placement = Placement(settings.cluster)
+        self.placement = Placement(settings.cluster, whole_run(settings))
         self._pool: RolloutPool | None = None
         self._following: Following | None = None
         self.elastic = Elastic(self.folder, settings.cluster)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prism_ray.config.load import ConfigError, load_config
 from prism_ray.config.run import RunSettings
-from prism_ray.planning.layout import Bundle, Group, Layout, Misfit, Node, assign, layout, layouts
+from prism_ray.planning.layout import Bundle, Group, Layout, Misfit, Node, assign, layout, layouts, whole_run
 
 GPUS = (
     "rollout.engines=3", "rollout.gpus_per_engine=1", "rollout.cpus_per_engine=4", "learner.ranks=4",
@@ -54,8 +54,8 @@ def test_a_supervised_stage_after_engines_were_started_must_leave_them_their_gpu
 
 def test_learner_and_engine_share_their_gpus_in_the_colocated_layout():
     s = settings(
-        *GPUS, *ALIGN, "cluster.layout=colocated", "rollout.engines=4", "rollout.kv_cache_gb=20",
-        "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
+        *GPUS, *ALIGN, "cluster.layout=colocated", "rollout.sleep_level=1", "rollout.engines=4",
+        "rollout.kv_cache_gb=20", "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
     )  # fmt: skip
     of = layout("align", s)
     assert totals(of) == {"engine": 4, "judge ranks": 0.75, "scorer": 0.25}
@@ -71,11 +71,12 @@ def test_learner_and_engine_share_their_gpus_in_the_colocated_layout():
         ("rollout.gpus_per_engine=2", "rollout.gpus_per_engine and learner.gpus_per_rank must both be 1"),
         ("learner.gpus_per_rank=0", "rollout.gpus_per_engine and learner.gpus_per_rank must both be 1"),
         ("rollout.kv_cache_gb=null", "rollout.kv_cache_gb must be a number"),
+        ("rollout.sleep_level=0", "set rollout.sleep_level to 1 or 2"),
     ],
 )
 def test_what_engines_that_sleep_cannot_do_is_refused(override, says):
     good = [
-        *GPUS, "cluster.layout=colocated", "rollout.engines=4", "align.loop.max_staleness=0",
+        *GPUS, "cluster.layout=colocated", "rollout.sleep_level=1", "rollout.engines=4", "align.loop.max_staleness=0",
         "rlvr.loop.max_staleness=0",
     ]  # fmt: skip
     settings(*good)
@@ -137,6 +138,22 @@ def test_a_cluster_that_is_too_small_is_told_who_asks_for_what():
         "discriminator.ranks = 1: 0.75, discriminator.scorers = 1: 0.25) but the cluster has 4; lower one of these or "
         "what each books, or use a larger cluster"
     )
+
+
+def test_what_lies_somewhere_already_stays_there_and_counts():
+    plan = Layout("run", (group("engine 0", 4), group("engine 1", 4), group("learner", *[1] * 8, strategy="pack")))
+    found = assign(plan, FOUR, {"engine 0": ("n2",), "learner": ("n0",) * 8})
+    assert found == {"engine 0": ("n2",), "learner": ("n0",) * 8, "engine 1": ("n2",)}
+
+
+def test_the_plan_of_a_whole_run_holds_what_may_run_at_once():
+    def names(*overrides: str) -> list[str]:
+        return [g.name for g in whole_run(settings(*GPUS, *overrides))]
+
+    engines = ["engine 0", "engine 1", "engine 2"]
+    assert names("stages=[align]") == [*engines, "learner", "judge ranks", "scorer 0"]
+    assert names("stages=[rlvr]") == [*engines, "learner"]
+    assert names("stages=[evaluate]") == engines
 
 
 BUNDLES = st.lists(st.sampled_from([0, 0.25, 0.5, 1, 2, 4]), min_size=1, max_size=4)

@@ -98,12 +98,22 @@ def test_a_policy_of_unknown_size_is_refused(tmp_path):
 
 def test_the_colocated_layout_counts_what_the_learner_keeps_while_engines_sample():
     shared = (
-        "cluster.layout=colocated", "rollout.engines=4", "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
+        "cluster.layout=colocated", "rollout.sleep_level=2", "rollout.engines=4",
+        "align.loop.max_staleness=0", "rlvr.loop.max_staleness=0",
         "discriminator.gpus_per_rank=1", "discriminator.gpus_per_scorer=1",
     )  # fmt: skip
     assert planned([of("4b")], *shared, "rollout.kv_cache_gb=30").problems == []
     (problem,) = planned([of("4b")], *shared, "rollout.kv_cache_gb=50").problems
     assert "an engine needs" in problem and "beside what a learner rank keeps there" in problem
+
+
+def test_a_judges_activations_are_those_of_a_whole_group():
+    def held(*overrides: str) -> int:
+        (rank,) = [u for u in planned([of("4b")], *overrides).usages if u.actor == "judge rank"]
+        return rank.memory.activations
+
+    few = held("discriminator.rollouts_per_update=4")
+    assert 2.5 * few < held() < 3.5 * few, "the prompt, and 17 responses in place of 5"
 
 
 def test_flow_tells_the_bottleneck_and_asynchrony_shortens_an_update():

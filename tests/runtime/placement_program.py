@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings
@@ -64,15 +65,16 @@ def free_gpus() -> float:
     return ray.available_resources().get("GPU", 0.0)
 
 
-async def split(held: Placement) -> dict[str, Any]:
+async def split(settings: ClusterSettings) -> dict[str, Any]:
     """Engines of two GPUs, four learner ranks, and a judge and its scorer on one GPU."""
     rollout = RolloutSettings(engines=1, gpus_per_engine=2)
     engine = Group("engine 0", (Bundle(1, 2),), "anywhere", "rollout.engines = 1")
-    places = EnginePlaces(held, [engine], False, rollout)
-    engines = [probe(await places.take(0), 2)]
     learner = Group("learner", (Bundle(1, 1),) * 4, "pack", "learner.ranks = 4")
     judge = Group("judge ranks", (Bundle(0, 0.75),), "pack", "discriminator.ranks = 1")
     scorer = Group("scorer 0", (Bundle(0.5, 0.25),), "anywhere", "discriminator.scorers = 1")
+    held = Placement(settings, [engine, learner, judge, scorer])
+    places = EnginePlaces(held, [engine], False, rollout)
+    engines = [probe(await places.take(0), 2)]
     empty = Group("scorer 1", (Bundle(0),), "anywhere", "discriminator.scorers = 1")
     await held.reserve([learner, judge, scorer, empty])
     ranks = [probe(options, 1) for options in held.all_options("learner")]
@@ -93,9 +95,25 @@ async def split(held: Placement) -> dict[str, Any]:
     return found
 
 
-async def colocated(held: Placement) -> dict[str, Any]:
+async def occupied(settings: ClusterSettings) -> dict[str, Any]:
+    """Somebody else has the GPUs of the node that the plan would choose."""
+    first = next(node for node in placement.nodes() if node.gpus)
+    there = NodeAffinitySchedulingStrategy(first.id, soft=False)
+    other = Probe.options(num_cpus=0, num_gpus=4, scheduling_strategy=there).remote()
+    found: dict[str, Any] = {"other": asked(other)}
+    learner = Group("learner", (Bundle(1, 1),) * 4, "pack", "learner.ranks = 4")
+    held = Placement(settings, [learner])
+    await held.reserve([learner])
+    found["learner"] = asked(*(probe(options, 1) for options in held.all_options("learner")))
+    ray.kill(other)
+    held.release()
+    return found | {"free after": free_gpus()}
+
+
+async def colocated(settings: ClusterSettings) -> dict[str, Any]:
     rollout = RolloutSettings(engines=2, gpus_per_engine=1)
     groups = [Group(f"engine {i}", (Bundle(2, 1),), "anywhere", "rollout.engines = 2") for i in range(2)]
+    held = Placement(settings, groups)
     places = EnginePlaces(held, groups, True, rollout)
     taken = [await places.take(i) for i in range(2)]
     pairs = [[probe(options, 1), probe(options, 1)] for options in taken]  # the options make it half of one each
@@ -111,8 +129,9 @@ def main() -> None:
     ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     settings = ClusterSettings(address=cluster.address, pending_timeout_s=1.0)
     found: dict[str, Any] = {"nodes": [(n.cpus, n.gpus, n.head) for n in placement.nodes()]}
-    found["split"] = asyncio.run(split(Placement(settings)))
-    found["colocated"] = asyncio.run(colocated(Placement(settings)))
+    found["split"] = asyncio.run(split(settings))
+    found["colocated"] = asyncio.run(colocated(settings))
+    found["occupied"] = asyncio.run(occupied(settings.model_copy(update={"pending_timeout_s": 20.0})))
 
     large = [Layout("align", (Group("learner", (Bundle(1, 1),) * 12, "pack", "learner.ranks = 12"),))]
     found["refused"], found["refused_s"] = refused(lambda: placement.check(large, settings))

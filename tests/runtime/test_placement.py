@@ -67,6 +67,13 @@ def test_a_learner_rank_shares_the_gpu_of_its_engine(found):
     pairs = found["colocated"]["pairs"]
     assert all(engine == rank for engine, rank in pairs)
     assert pairs[0][0] != pairs[1][0]
+    assert pairs[0][0][0] == pairs[1][0][0], "on one node, so that the other stays whole; Ray would have spread them"
+
+
+def test_groups_go_elsewhere_where_somebody_else_has_the_plans_node(found):
+    ((other, _),) = found["occupied"]["other"]
+    assert {node for node, _ in found["occupied"]["learner"]}.isdisjoint({other})
+    assert found["occupied"]["free after"] == 8
 
 
 def test_a_plan_that_does_not_fit_is_refused_and_a_cluster_that_grows_is_waited_for(found):
