@@ -155,7 +155,8 @@ def surviving(
     last_id = -1
     for entry in entries:
         if "resumed" in entry:
-            found = {i: _judged_until(entry["judge"], found[i]) for i in entry["groups"] if i in found}
+            known = entry.get("judge", 0)  # not in older journals; what a judge that learns said is then asked anew
+            found = {i: _judged_until(known, found[i]) for i in entry["groups"] if i in found}
         elif "group" in entry:
             ticket, group = entry["ticket"], entry["group"]
             last_id = max(last_id, ticket["id"])

@@ -84,7 +84,7 @@ def test_a_reader_that_hangs_is_replaced_and_nothing_is_left_out(cluster, tmp_pa
 
     taken = asyncio.run(run())
     assert [prompt_id for prompt_id, _, _ in taken] == expected(path, 3, 0, 26)
-    assert "the reader of " in caplog.text and "a.parquet hangs; another one goes on from position 8" in caplog.text
+    assert "the reader of " in caplog.text and "a.parquet hangs; another one goes on from position 12" in caplog.text
 
 
 def test_a_reader_that_only_waits_is_not_replaced_but_named(cluster, tmp_path, make, monkeypatch):

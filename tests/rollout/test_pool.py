@@ -218,7 +218,7 @@ def test_garbage_is_refused_and_sampled_once_more_elsewhere(make, run, caplog):
         "too few tokens": "9 tokens, 10 log-probs and 10 versions",
         "no number": "a log-prob that is not finite",
         "certain": "a log-prob of 1.0",
-        "foreign token": "in a vocabulary of 50",
+        "foreign token": "token 59 in a vocabulary of 50",
         "from the future": "versions 1 to 1 while it held 0",
         "given up": "an end after 0 tokens that nobody asked for",
     }.items():
