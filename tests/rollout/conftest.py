@@ -21,7 +21,9 @@ from prism_ray.testbed.words import vocabulary
 
 torch.set_num_threads(1)
 
-SETTINGS = RolloutSettings(group_size=4, max_response_tokens=48, max_model_len=320, kv_cache_gb=0.1, max_restarts=1)
+SETTINGS = RolloutSettings(
+    group_size=4, max_response_tokens=48, max_model_len=320, kv_cache_gb=0.1, max_images=2, max_restarts=1
+)
 
 
 class Reference:
