@@ -2,11 +2,12 @@
 
 import asyncio
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_ray.rollout.dispatch import Job, Load, Queue
-from prism_ray.rollout.sampling import Sampling
+from prism_ray.rollout.sampling import Abandoned, Sampling, Turn
 
 PLACES = 8
 LOOP = asyncio.new_event_loop()
@@ -41,9 +42,26 @@ def test_what_nobody_waits_for_any_more_is_not_begun():
     assert [j.key for j, _ in queue.assign([engine])] == [1]
 
 
+def test_a_turn_of_an_episode_begins_again_where_it_began_but_not_under_a_policy_that_was_taken_back():
+    turn = job(0)
+    turn.go_on_from(Turn("the turns before", 40, era=0))
+    turn.so_far = "and some of this one"
+    turn.forget(0)
+    assert turn.so_far == "the turns before" and not turn.done.done()
+    turn.forget(1)
+    with pytest.raises(Abandoned, match="group 0 would go on from what a policy sampled that has been taken back"):
+        turn.done.result()
+    with pytest.raises(Abandoned):
+        job(1).go_on_from(Turn("the turns before", 40, era=1))
+    first = job(2)
+    first.forget(1)
+    assert not first.done.done(), "a first turn is sampled anew"
+
+
 steps = st.lists(st.tuples(st.sampled_from(["put", "first", "done", "told", "close", "open"]), st.integers(0, 99)))
 
 
+@settings(deadline=None)
 @given(steps)
 def test_every_job_is_in_one_place_and_loads_are_what_jobs_make_them(schedule):
     queue, engines, waiting, seats, key = Queue(PLACES), [Load() for _ in range(3)], [], {}, 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_ray.records import Rollout
@@ -33,6 +33,7 @@ def _piece(rollout, begin, end):
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
+@settings(deadline=None)
 @given(st.lists(lengths, min_size=1, max_size=4), st.integers(0, 30), st.integers(0, 30))
 def test_pieces_make_the_rollouts_they_were_cut_from(cuts, known, lost):
     rollouts = [whole(i, sum(pieces)) for i, pieces in enumerate(cuts)]
@@ -101,3 +102,22 @@ def test_only_what_was_abandoned_may_be_unfinished_or_later_than_the_engine():
         check_rollouts([rollout], Sampling(1, 1.0, 5), 10, None)
         with pytest.raises(Garbage, match="an end after . tokens that nobody asked for"):
             check_rollouts([rollout], Sampling(1, 1.0, 5), 10, 9)
+
+
+def test_a_later_turn_of_an_episode_goes_on_behind_what_the_environment_wrote():
+    rollout = whole(0, 6)
+    begun = replace(
+        rollout,
+        token_ids=rollout.token_ids[:4],
+        logp=rollout.logp[:4],
+        versions=rollout.versions[:4],
+        mask=np.array([True, True, False, False]),
+        turns=({"role": "assistant", "content": "a"}, {"role": "user", "content": "<image>"}),
+        images=(b"later",),
+        finish_reason=UNFINISHED,
+    )
+    (known,) = assembled("p", [begun], [_piece(rollout, 4, 5), _piece(rollout, 5, 6)])
+    assert known.token_ids.tolist() == rollout.token_ids.tolist() and known.finish_reason == "stop"
+    assert known.mask.tolist() == [True, True, False, False, True, True] and known.sampled == 4
+    assert (known.turns, known.images) == (begun.turns, begun.images)
+    assert known.last_response.tolist() == rollout.token_ids[4:].tolist()
