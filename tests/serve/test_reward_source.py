@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +14,25 @@ import ray
 
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.load import ConfigError, load_config
+from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.config.served import ServedSettings
 from prism_ray.config.views import ViewSettings
-from prism_ray.discriminator.model import load_discriminator
+from prism_ray.discriminator.model import create_discriminator, load_discriminator
 from prism_ray.discriminator.scorer import judge, judged_metrics
 from prism_ray.discriminator.served.judging import OtherJudge, check_model, judged_group
 from prism_ray.discriminator.served.pool import ServedPool
 from prism_ray.endpoint.client import Client
 from prism_ray.endpoint.wire import EndpointError, Judge
 from prism_ray.models.encode import Encoder
+from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Group, Prompt, Rollout
+from prism_ray.report.metrics import read_metrics
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.stages.served import check_served, columns_for
+from prism_ray.testbed.words import vocabulary
 
+ROOT = Path(__file__).resolve().parents[2]
 VIEWS = DiscriminatorSettings().views
 
 
@@ -66,8 +75,11 @@ def test_verdicts_and_metrics_are_those_of_the_runs_own_judge(folder, asked, gro
         assert one.reward == pytest.approx(other.reward, rel=1e-5)
         for name in ("scores", "reference_scores", "parts"):
             assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5)
+    ranges = {name: stats.pop(name) for name in list(stats) if name.startswith(("group/lowest", "group/highest"))}
     expected = judged_metrics([theirs])
     assert stats == {name: pytest.approx(expected[name], rel=1e-5) for name in stats}
+    assert ranges["group/lowest/reward"] == 0 < ranges["group/highest/reward"] == max(v.reward for v in ours.verdicts)
+    assert ranges["group/highest/perception"] == max(v.parts.get("perception", 0) for v in ours.verdicts)
     assert stats["discriminator/identical/perception"] == pytest.approx(1 / 3)
     assert {f"discriminator/{what}/{view.name}" for what in ("gap", "pair_accuracy") for view in VIEWS} <= set(stats)
 
@@ -135,3 +147,31 @@ def test_a_pool_judges_groups_in_an_actor_of_its_own(cluster, listening, other_f
         assert [v.valid for v in verdicts] == [True, True, False, True] and ticket.id == index
         assert ticket.stats["other"] == 1.0 and "discriminator/gap/reasoning" in ticket.stats
         assert all(v.reference_scores == verdicts[0].reference_scores for v in verdicts if v.valid)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_is_aligned_and_reinforced_by_a_served_discriminator(listening, token, tmp_path):
+    """Without warm-up and verifier, through the real front door; the endpoint says what it was asked."""
+    build_tiny(tmp_path / "policy", vocabulary(), TinyModelSettings(), seed=0)
+    create_discriminator(tmp_path / "policy", tmp_path / "judge", DiscriminatorSettings(), seed=0)
+    settings = [
+        "name=served", f"runs={tmp_path}", "stages=[align, rlvr]", "cluster.cpus=2", "trainer.cpus_per_rank=0.5",
+        "rollout.cpus_per_engine=0.5", "learner.cpus_per_rank=0.5", "testbed.pretrain=64", "testbed.base=512",
+        "testbed.sft=64", "testbed.align=48", "testbed.rlvr=24", "testbed.evaluate=16", "testbed.evaluate_unseen=4",
+        "base.pretrain.steps=4", "base.clean.steps=150", "sft.steps=6", "rollout.group_size=4",
+        "rollout.max_response_tokens=64", "align.updates=2", "align.loop.groups_per_step=2", "rlvr.updates=2",
+        "rlvr.loop.groups_per_step=2", "align.judge=serve", "rlvr.judge=serve",
+    ]  # fmt: skip
+    with listening(tmp_path / "judge") as endpoint:
+        program = [sys.executable, str(ROOT / "jobs" / "align.py"), *settings, f"served.url={endpoint.url}"]
+        environment = os.environ | {"PRISM_SERVE_TOKEN": token, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(program, capture_output=True, text=True, timeout=800, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert endpoint.service.batcher.batches > 0
+    run = tmp_path / "served"
+    assert not (run / "warmup").exists() and (run / "rlvr" / "checkpoint" / "config.json").exists()
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["stage"] in ("align", "rlvr")]
+    assert [row["step"] for row in rows] == [1, 2, 1, 2]
+    assert all("discriminator/valid" in row and "policy/loss" in row for row in rows)
+    assert any("discriminator/gap/perception" in row for row in rows)

@@ -87,16 +87,33 @@ def test_a_replica_takes_so_many_requests_and_no_more(folder, query):
 
 
 def test_new_weights_take_over_while_requests_wait(folder, other_folder, query):
-    async def scenario(service):
-        old = [asyncio.create_task(service.score(query(i), 30)) for i in range(4)]
-        await asyncio.sleep(0)
-        await service.load(other_folder)
-        new = await service.score(query(0), 30)
-        return [await task for task in old], new
+    """What waits together is answered by whom it was read for, never by the other."""
 
-    old, new = run(folder, scenario)
-    assert {a.model.version for a in old} == {version_of(folder)} and new.model.version == version_of(other_folder)
-    assert new.results[0].scores != old[0].results[0].scores
+    async def scenario(service):
+        gate, work = threading.Event(), service.batcher._work
+        service.batcher._work = lambda jobs: (gate.wait(60), work(jobs))[1]
+
+        async def asked(waiting: int):
+            task = asyncio.create_task(service.score(query(0), 60))
+            while service._open <= waiting or (waiting and len(service.batcher._queue) < waiting):
+                await asyncio.sleep(0.01)
+            return task
+
+        tasks = [await asked(0)]
+        while service.batcher._running is None or service.batcher._queue:
+            await asyncio.sleep(0.01)  # until the first is being computed
+        tasks.append(await asked(1))
+        await service.load(other_folder)
+        tasks.append(await asked(2))
+        gate.set()
+        return [await task for task in tasks]
+
+    first, old, new = run(folder, scenario)
+    assert first.model.version == old.model.version == version_of(folder)
+    assert old.results[0].scores == pytest.approx(first.results[0].scores, rel=1e-5)
+    assert new.model.version == version_of(other_folder) and new.results[0].scores != old.results[0].scores
+    [alone] = Served(other_folder, 512, 1024, 0).score([Served(other_folder, 512, 1024, 0).cut(query(0))])
+    assert new.results[0].scores == pytest.approx(alone.results[0].scores, rel=1e-5)
 
 
 def test_a_checkpoint_that_is_none_changes_nothing(folder, tmp_path, query):

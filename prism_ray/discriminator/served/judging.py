@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism_ray.config.runtime import HIGHEST, LOWEST
 from prism_ray.config.served import ServedSettings
 from prism_ray.config.views import ViewSettings
 from prism_ray.discriminator.scorer import Judged, judged_metrics
@@ -46,7 +47,14 @@ def judged_group(group: Group, answer: ScoreAnswer, model: ModelAnswer) -> tuple
     texts = [rollout.text for rollout in group.rollouts]
     rows = {view.name: _rows(index, texts, group, answer, model) for index, view in enumerate(model.views)}
     judged = Judged(group.judged(verdicts), rows)
-    return judged.group, judged_metrics([judged])
+    return judged.group, judged_metrics([judged]) | _ranges(verdicts, list(rows))
+
+
+def _ranges(verdicts: Sequence[Verdict], views: Sequence[str]) -> dict[str, float]:
+    """What RLVR's dynamic sampling looks at: the reward's range in the group, and that of its part for each view."""
+    columns = {"reward": [v.reward for v in verdicts]} | {n: [v.parts.get(n, 0.0) for v in verdicts] for n in views}
+    lowest = {f"{LOWEST}{name}": min(values) for name, values in columns.items()}
+    return lowest | {f"{HIGHEST}{name}": max(values) for name, values in columns.items()}
 
 
 def _verdict(scored: Scored, reference: Scored, model: ModelAnswer) -> Verdict:
