@@ -116,6 +116,7 @@ def test_a_portrait_tells_counts_lengths_and_duplicates():
 def test_held_out_rows_that_were_trained_on_are_told():
     held_out = [asking(LONG.format(i), drawing(i)) for i in range(4)]
     trained = [asking("other", drawing(9)), held_out[2], held_out[2], asking(LONG.format(1) + ".", drawing(1))]
+    trained += [trained[0]]
     told = overlap(portrait("align", trained), portrait("evaluate", held_out))
     assert (told["exact"], told["near"]) == (1, 1)
     assert told["examples"][0] == ["row 2 of evaluate.parquet", "row 1 of align.parquet"]
@@ -124,3 +125,16 @@ def test_held_out_rows_that_were_trained_on_are_told():
 
 def test_spread_is_made_of_values_that_occur():
     assert spread([1, 2, 3, 100]) == {"mean": 26.5, "least": 1, "median": 2, "p90": 100, "p99": 100, "most": 100}
+
+
+def test_candidates_must_be_alike_as_a_whole():
+    signature = np.arange(SIGNATURE, dtype=np.uint32)
+    half = np.where(np.arange(SIGNATURE) < SIGNATURE // 2, signature, 99).astype(np.uint32)
+    near, far = np.array([0, 0, 0, 0b1111], np.uint64), np.array([0, 0, 0, 2**63 - 1], np.uint64)
+    same = np.zeros(4, np.uint64)
+
+    def found(text, picture):
+        keys = np.array([1, 2], np.uint64)
+        return len(find_pairs(keys, np.stack([signature, text]), np.stack([same, picture])).near)
+
+    assert (found(signature, near), found(signature, far), found(half, near)) == (1, 0, 0)

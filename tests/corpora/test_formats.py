@@ -1,9 +1,12 @@
 """Every format and layout comes to the same prompts, in the same order, from any position on."""
 
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prism_ray.config.corpora import SourceSettings
 from prism_ray.corpora import jsonlines
@@ -304,3 +307,22 @@ def test_published_positions_of_parquet_stay_what_they_were(tmp_path, make):
 def test_broken_row_is_raised_by_whoever_wants_its_prompt():
     with pytest.raises(BadRow, match="line: not JSON"):
         prompt_at("a.jsonl", 0, BadRow("line: not JSON"))
+
+
+def test_a_gif_named_jpg_is_no_jpeg(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "GIF")
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "?", "image": "a.jpg"}])
+    assert list(bad(path).values()) == ["images: does not decode"]
+
+
+def test_a_column_that_no_row_has_cannot_be_mapped():
+    with pytest.raises(ValueError, match="quesiton is nothing that a row says; name some of id, data_source"):
+        SourceSettings(path=Path("a"), columns={"quesiton": "q"})
+
+
+def test_other_data_sources_and_missing_students_are_quarantined(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [line(0, data_source="mine"), line(1, data_source="theirs")])
+    assert list(bad(path, data_sources=("mine",)).values()) == ["data_source: not one of corpora.data_sources"]
+    assert list(bad(path, student=True).values()) == ["student_caption, student_cot: missing"] * 2

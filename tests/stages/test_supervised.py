@@ -1,5 +1,6 @@
 """The supervised trainer: what it computes equals plain PyTorch, whatever dies on the way."""
 
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings
 from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
@@ -19,6 +20,7 @@ from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
 from prism_ray.models.load import load_policy
 from prism_ray.models.tiny import build_tiny
+from prism_ray.response import render
 from prism_ray.stages.supervised import Phase, train_supervised
 from prism_ray.stages.supervised_data import Course, Shard, entries
 from prism_ray.stages.supervised_rank import starting_policy
@@ -307,3 +309,23 @@ def test_frozen_parameters_leave_training_as_they_came(cluster, world, tmp_path)
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     same = {name for name in after if torch.equal(before[name], after[name])}
     assert same == {name for name in after if "visual." in name}
+
+
+def test_sharegpt_rows_are_demonstrations_and_bad_lines_are_named_by_their_byte(world, tmp_path):
+    model, paths = world
+    picture = pq.read_table(paths["sft"]).to_pylist()[0]["images"][0]["bytes"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(picture)
+    said = [{"from": "human", "value": "<image>what is it?"}, {"from": "gpt", "value": render(" red", " max", " 1")}]
+    row = json.dumps({"conversations": said, "images": ["0.png"]})
+    (tmp_path / "a.jsonl").write_text("\n".join([row, "{", json.dumps({"conversations": said[:1]})]))
+    task = ResponseTask(str(model), 256, 256, PIXELS)
+    source = SourceSettings(path=tmp_path / "a.jsonl", images=tmp_path / "images")
+    order = RowOrder(find_fragments([source], task.required), 0)
+    prepared = task.prepare(entries(Course("sft", task, order, 1, 3), 0, 3))
+    (sample,) = [item for item in prepared if not isinstance(item, Quarantined)]
+    assert len(sample.prompt.grid_thw) == 1 and task.size(sample) > 5
+    bad = {item.row: (item.unit, item.reason) for item in prepared if isinstance(item, Quarantined)}
+    place = len(row) + 1
+    assert bad[place] == ("byte", "line: not JSON")
+    assert bad[place + 2] == ("byte", "prompt: <image> markers and images differ in number")
