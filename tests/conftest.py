@@ -9,6 +9,7 @@ LONGEST = ("end_to_end", "stages", "rollout", "discriminator", "weights", "serve
 """Rooms whose tests take minutes, the longest first: they begin, so that the short ones fill the gaps at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of a room stay together (`--dist loadgroup`): they share its engines, models and Ray instance."""
     rooms = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
