@@ -9,13 +9,17 @@ LONGEST = ("end_to_end", "stages", "rollout", "discriminator", "weights", "serve
 """Rooms whose tests take minutes, the longest first: they begin, so that the short ones fill the gaps at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """The tests of a room stay together (`--dist loadgroup`): they share its engines, models and Ray instance."""
-    rooms = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
-    for item, room in rooms.items():
-        item.add_marker(pytest.mark.xdist_group(room))
-    items.sort(key=lambda item: LONGEST.index(rooms[item]) if rooms[item] in LONGEST else len(LONGEST))
+    item.add_marker(pytest.mark.xdist_group(_room(item)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(_room(item)) if _room(item) in LONGEST else len(LONGEST))
+
+
+def _room(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 @pytest.fixture(scope="session")
