@@ -1,25 +1,30 @@
 """One private Ray instance for every test of a process that needs one, and which process a test runs in."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = ("end_to_end", "stages", "rollout", "discriminator", "weights", "serve", "verify", "learner", "corpora")
 """Rooms whose tests take minutes, the longest first: they begin, so that the short ones fill the gaps at the end."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """The tests of a room stay together (`--dist loadgroup`): they share its engines, models and Ray instance."""
-    item.add_marker(pytest.mark.xdist_group(_room(item)))
+class RoomScheduling(LoadScopeScheduling):
+    """The tests of a room stay together: they share its engines, models and Ray instance."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.split("/")[1]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RoomScheduling:
+    return RoomScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(_room(item)) if _room(item) in LONGEST else len(LONGEST))
-
-
-def _room(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).parts[0]
+    rooms = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    items.sort(key=lambda item: LONGEST.index(rooms[item]) if rooms[item] in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

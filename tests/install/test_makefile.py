@@ -98,7 +98,7 @@ def test_align_and_test_set_up_first_and_hand_on_their_arguments(clone):
     assert make(clone, "align", "ARGS=learner.lr=1").returncode == 0
     assert calls(clone)[-1] == "jobs/align.py --config configs/tiny.yaml learner.lr=1"
     assert make(clone, "test", "ARGS=-x").returncode == 0
-    assert calls(clone) == ["-m pytest -n 2 --dist loadgroup --no-loadscope-reorder -x"]
+    assert calls(clone) == ["-m pytest -n 2 --dist loadscope --no-loadscope-reorder -x"]
 
 
 def test_continuous_integration_lints_and_tests():
