@@ -25,6 +25,7 @@ def nodes(folders):
         yield running
 
 
+@pytest.mark.long
 def test_a_job_finds_its_package_and_a_lasting_folder_on_every_node(nodes, folders):
     options = ["--runtime-env-json", json.dumps({"env_vars": {"OMP_NUM_THREADS": "2"}})]
     done = nodes.submit("tests/cluster/probe.py", *map(str, folders), options=options)
@@ -46,6 +47,7 @@ def test_a_job_finds_its_package_and_a_lasting_folder_on_every_node(nodes, folde
         assert "policy" in found["input"] and "all nodes share" in found["input"]
 
 
+@pytest.mark.long
 def test_a_bad_configuration_fails_the_job_with_its_sentence(nodes):
     done = nodes.submit(*BAD)
     assert done.returncode == 1, "Ray's own exit code for a job that failed"
@@ -53,6 +55,7 @@ def test_a_bad_configuration_fails_the_job_with_its_sentence(nodes):
     assert "There is no setting learner.lrr; did you mean learner.lr?" in done.stdout
 
 
+@pytest.mark.long
 def test_without_the_token_nobody_submits(nodes):
     done = nodes.ray("job", "list", RAY_AUTH_TOKEN="another")
     assert done.returncode != 0 and "token" in (done.stdout + done.stderr).lower()

@@ -113,6 +113,7 @@ def by_vllm(folder, prompts, tmp_path):
     return json.loads((tmp_path / "told.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_other_runners_load_a_checkpoint_and_ask_it_what_we_would(exported, questions, tmp_path):
     ours = [encoded.token_ids.tolist() for encoded in Encoder(exported, 200).prompts(questions)]
@@ -125,6 +126,7 @@ def test_other_runners_load_a_checkpoint_and_ask_it_what_we_would(exported, ques
     assert theirs[0]["ids"] != theirs[1]["ids"], "the question makes no difference, so nothing was tested"
 
 
+@pytest.mark.long
 def test_the_tags_of_the_format_survive_the_runners_decoding(exported):
     tokenizer = AutoProcessor.from_pretrained(exported).tokenizer
     text = "<caption> A</caption><think> B</think><answer> 5</answer>"
@@ -132,6 +134,7 @@ def test_the_tags_of_the_format_survive_the_runners_decoding(exported):
     assert tokenizer.batch_decode([ids], skip_special_tokens=True, clean_up_tokenization_spaces=False) == [text]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("by", ["truth", "verifier", "episodes"])
 def test_an_examiner_judges_by_truth_by_verifier_and_by_episodes(pool, run, folder, ask, by):

@@ -70,6 +70,7 @@ def judged(run, pool, ask):
     return tickets
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_what_was_set_aside_is_fetched_though_the_learner_has_gone_on(
     rooms, run, ask, reference, make_reference, other, tmp_path
@@ -94,6 +95,7 @@ def test_what_was_set_aside_is_fetched_though_the_learner_has_gone_on(
         run(pool.publish(offer, 1))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_checkpoint_folder_takes_over_whatever_the_transport(rooms, run, ask, reference, make_reference, other):
     _, pool = rooms

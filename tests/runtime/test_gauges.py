@@ -58,6 +58,7 @@ def metrics(cluster):
     made.close(False)
 
 
+@pytest.mark.long
 def test_prometheus_finds_the_numbers_of_a_run_by_stage_and_view(metrics):
     metrics.write("sft", 7, {"supervised/loss": 2.5})
     metrics.write("align", 3, {"policy/loss": 0.25, "discriminator/gap/perception": 1.5, "correction/ess": math.nan})
@@ -83,6 +84,7 @@ def test_prometheus_finds_the_numbers_of_a_run_by_stage_and_view(metrics):
     assert ours("prism_ray_policy_loss", "scrape") == {("align", ""): 0.125}
 
 
+@pytest.mark.long
 def test_what_the_dashboard_asks_of_the_machines_is_offered_by_ray(cluster):
     wanted = queried("ray_(?!prism_ray)") - OF_MACHINES_WITH_GPUS
     assert wanted

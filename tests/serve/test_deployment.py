@@ -26,6 +26,8 @@ from prism_ray.serve.deployment import SCORER
 from prism_ray.serve.intake import Query
 from prism_ray.serve.scoring import Served, version_of
 
+pytestmark = pytest.mark.long
+
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "serve.yaml"
 SMALL = {
     "name": "tiny",

@@ -33,6 +33,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_engines_sleep_while_the_learner_trains_and_wake_with_its_weights(cluster, tmp_path, monkeypatch):
     seen: dict[str, list[Any]] = {"asleep": [], "groups": []}
@@ -61,7 +62,10 @@ def test_engines_sleep_while_the_learner_trains_and_wake_with_its_weights(cluste
     assert held_groups() == others
     rows = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["staleness/max"] == 0 and row["rollout/engines"] == 1 for row in rows)
+    assert all(row["staleness/max"] == 0 for row in rows)
+    assert all(row["rollout/engines"] == 1 for row in rows[1:]), (
+        "what is told of the weights comes with the next update"
+    )
     assert all(row["correction/log_ppl_abs_gap"] < 1e-4 for row in rows), "it woke with the learner's weights"
 
 

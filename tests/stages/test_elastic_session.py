@@ -27,7 +27,8 @@ async def until(met):
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.long
+@pytest.mark.timeout(400)
 def test_engines_come_and_go_while_groups_are_sampled_and_too_many_are_refused(cluster, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pool_module, "ENGINE_ACTOR", SIMULATED_ACTOR)
     settings = load_config(RunSettings, None, [f"runs={tmp_path}", *SMALL])
