@@ -27,7 +27,7 @@ def settings(tmp_path, monkeypatch, cluster):
 
     stages = {"sft": Stage("sft", (), {}, sft), "warmup": Stage("warmup", ("sft",), {}, warmup)}
     monkeypatch.setattr(module, "stages_of", lambda _: stages)
-    monkeypatch.setattr(module, "_corpora", lambda _: {})
+    monkeypatch.setattr(module, "corpora_of", lambda _: {})
     return RunSettings(runs=tmp_path, name="r", stages=["sft", "warmup"])
 
 
