@@ -83,11 +83,13 @@ class MetricsLog:
 
     def evaluated(self, label: str, metrics: Mapping[str, Any]) -> None:
         """Tell the sinks what an evaluated checkpoint is worth (the file is the summary's, not this one's); of an
-        interval they get `name`, `name_low` and `name_high`."""
+        interval they get `name`, `name_low` and `name_high`, of other groups of numbers `name/part`."""
         flat: dict[str, float] = {}
         for name, value in metrics.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and "mean" in value:
                 flat |= {name: value["mean"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            elif isinstance(value, Mapping):
+                flat |= {f"{name}/{part}": float(number) for part, number in value.items()}
             else:
                 flat[name] = float(value)
         self._tell(lambda sink: sink.evaluated(label, flat))

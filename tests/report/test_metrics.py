@@ -82,11 +82,11 @@ def test_whoever_watches_hears_of_all_that_is_written_and_of_the_end(tmp_path):
     sink = Sink()
     with pytest.raises(RuntimeError), MetricsLog(tmp_path, sinks=[sink]) as log:
         log.write("align", 1, {"a/b": np.float32(2.0)})
-        log.evaluated("prism", {"n": 8, "accuracy": {"mean": 0.5, "low": 0.25, "high": 0.75}})
+        log.evaluated("prism", {"n": 8, "accuracy": {"mean": 0.5, "low": 0.25, "high": 0.75}, "drift": {"steps": 0.5}})
         raise RuntimeError
     assert sink.told == [
         ("align", 1, {"a/b": 2.0}),
-        ("prism", {"n": 8.0, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75}),
+        ("prism", {"n": 8.0, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "drift/steps": 0.5}),
         True,
     ]
 

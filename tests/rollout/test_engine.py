@@ -67,11 +67,12 @@ def test_log_probs_are_the_learners_before_and_after_every_tensor_changed(run, p
         done = run(asyncio.wait_for(_all(pool, prompts), 120))
         for prompt, t in zip(prompts, done, strict=True):
             assert t.oldest_version == version
+            other, moved = (new if weights is not new else reference.weights), 0.0
             for r in ray.get(t.ref).rollouts:
                 assert set(r.versions.tolist()) == {version}
                 np.testing.assert_allclose(r.logp, reference.logp(r, prompt, weights), atol=PARITY, rtol=0)
-                other = new if weights is not new else reference.weights
-                assert np.abs(r.logp - reference.logp(r, prompt, other)).max() > 0.1
+                moved = max(moved, np.abs(r.logp - reference.logp(r, prompt, other)).max())
+            assert moved > 0.1, "other weights give other log-probs (a response of one token may be alike by chance)"
     assert not leftovers(run, pool)
 
 
@@ -262,8 +263,9 @@ def test_a_beginning_keeps_its_versions_and_log_probs_under_other_weights(run, p
     new = reference.changed(seed=6)
     run(pool.publish(new, 1))
     for rollout, beginning in zip(ray.get(directly(pool, prompt, sampling, begun)[0]).rollouts, begun, strict=True):
-        assert rollout.versions.tolist() == [0] * 15 + [1] * (len(rollout.token_ids) - 15)
-        np.testing.assert_array_equal(rollout.logp[:15], beginning.logp)
+        kept = len(beginning.token_ids)  # 15, or fewer where the response ended earlier
+        assert rollout.versions.tolist() == [0] * kept + [1] * (len(rollout.token_ids) - kept)
+        np.testing.assert_array_equal(rollout.logp[:kept], beginning.logp)
         expected = np.where(rollout.versions, reference.logp(rollout, prompt, new), reference.logp(rollout, prompt))
         np.testing.assert_allclose(rollout.logp, expected, atol=PARITY, rtol=0)
 
