@@ -67,9 +67,10 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, int] = {}
+        self.bytes = self.highest = 0
         for storage in storages():
             self._see(storage)
-        self.bytes = self.highest = 0
+        self.bytes = self.highest = 0  # what was there before is where the count begins
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
