@@ -72,7 +72,7 @@ def test_the_plans_memory_is_what_an_update_holds():
     ratios = quick("memory_model", 300)["ratios"]
     for case in ("plain", "checkpointing"):
         assert ratios[f"{case}/state"] == pytest.approx(1, abs=0.002), "weights and optimiser: exactly, but for padding"
-        assert ratios[f"{case}/gradients"] == pytest.approx(1, abs=0.002)
+        assert 0.95 < ratios[f"{case}/gradients"] <= 1.002, "with what else lives when the step begins"
         assert 0.8 < ratios[f"{case}/peak"] < 1.4, "activations are estimated"
 
 

@@ -201,6 +201,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_rlvr_trains_on_episodes_and_its_journal_replays(engines, run, talkative, tmp_path):
     settings = load_config(RunSettings, None, [f"runs={tmp_path}", *SMALL])

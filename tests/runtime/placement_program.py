@@ -138,7 +138,7 @@ def main() -> None:
     alone = ClusterSettings(pending_timeout_s=30.0)
     found["refused at once"], found["at once_s"] = refused(lambda: placement.check(large, alone))
     threading.Timer(2.0, lambda: cluster.add_node(num_cpus=6, num_gpus=4, **MEMORY)).start()
-    growing = ClusterSettings(address=cluster.address, pending_timeout_s=30.0)
+    growing = ClusterSettings(address=cluster.address, pending_timeout_s=120.0)
     found["grown"], found["grown_s"] = refused(lambda: placement.check(large, growing))
     found["head"] = placement.nodes()[0].name
     command = [sys.executable, str(ROOT / "jobs" / "plan.py"), "--cluster", "live"]

@@ -212,6 +212,7 @@ def launch(policy: Path, corpus: Path, output: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_real_run_that_is_killed_goes_on_without_repeating_what_was_done(tmp_path):
     sizes = TestbedSettings(pretrain=1, base=1, sft=1, align=1, rlvr=40, evaluate=1, evaluate_unseen=1)

@@ -31,6 +31,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_phase_has_its_own_length_optimiser_and_groups_and_is_resumed_with_them(cluster, tmp_path, monkeypatch):
     recipes = []
