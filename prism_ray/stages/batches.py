@@ -4,8 +4,10 @@ batches of prompts and an end that saves the state."""
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 from prism_ray.config.verify import VerifySettings
@@ -19,6 +21,16 @@ def verdicts_of(verify: VerifySettings) -> list[Any]:
     """The settings that shape verdicts, not how fast they come."""
     turns = [verify.max_turns] if verify.max_turns > 1 else []
     return [verify.environment, verify.options, *turns]
+
+
+def made_alike(stamp: Path, made_with: Mapping[str, Any]) -> str:
+    """Note in `stamp` what the contents of its folder are made with; "" unless they were begun with something else,
+    whose names are returned (nothing is noted then)."""
+    if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
+        return ", ".join(name for name in made_with if before.get(name) != made_with[name])
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(made_with))
+    return ""
 
 
 async def until_signal(work: Coroutine[Any, Any, None]) -> bool:

@@ -40,7 +40,7 @@ from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.runtime.supervision import fetch
-from prism_ray.stages.batches import next_batch, until_signal, verdicts_of
+from prism_ray.stages.batches import made_alike, next_batch, until_signal, verdicts_of
 from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -64,14 +64,10 @@ def check_inputs(settings: CurateSettings) -> None:
     check_policy(settings.policy)
     make_environment(settings.verify.environment, settings.verify.options).close()
     _fragments(settings, "prompt", "reward_model")
-    stamp, made_with = settings.output / _STAMP, _what_shapes(settings)
-    if stamp.exists() and (before := json.loads(stamp.read_text())) != made_with:
-        changed = ", ".join(name for name in made_with if before.get(name) != made_with[name])
+    if changed := made_alike(settings.output / _STAMP, _what_shapes(settings)):
         raise CurateError(
             f"{settings.output} holds rollouts made with another {changed}; choose another output, or delete the folder"
         )
-    settings.output.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(made_with))
 
 
 def _what_shapes(settings: CurateSettings) -> dict[str, Any]:

@@ -159,7 +159,6 @@ def test_serve_accepts_what_the_rayservice_deploys():
     assert "checkpoint: /shared/prism_ray/runs/" in embedded
 
 
-@pytest.mark.skipif(not SERVED.exists(), reason="configs/serve.yaml is not there")
 def test_the_rayservice_deploys_what_serve_yaml_does():
     embedded = read("configs/kuberay/rayservice.yaml")["spec"]["serveConfigV2"]
     assert applications(embedded) == applications(SERVED.read_text())
