@@ -8,9 +8,9 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,12 @@ def main() -> None:
     found["refused"], found["refused_s"] = refused(lambda: placement.check(large, settings))
     alone = ClusterSettings(pending_timeout_s=30.0)
     found["refused at once"], found["at once_s"] = refused(lambda: placement.check(large, alone))
-    threading.Timer(2.0, lambda: cluster.add_node(num_cpus=6, num_gpus=4, **MEMORY)).start()
     growing = ClusterSettings(address=cluster.address, pending_timeout_s=120.0)
-    found["grown"], found["grown_s"] = refused(lambda: placement.check(large, growing))
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(refused, lambda: placement.check(large, growing))
+        time.sleep(2.0)
+        cluster.add_node(num_cpus=6, num_gpus=4, **MEMORY)  # here: a node dies with the thread that started it
+        found["grown"], found["grown_s"] = waiting.result()
     found["head"] = placement.nodes()[0].name
     command = [sys.executable, str(ROOT / "jobs" / "plan.py"), "--cluster", "live"]
     done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": cluster.address}, capture_output=True, text=True)
