@@ -8,8 +8,10 @@ updates; arms differ in `max_staleness` (0 is synchronous) and in the number of 
 from the SFT checkpoint of `runs/tiny`, which is made first if it is not there.
 
 Figures are of the updates between the first and the last few, when the pipeline is neither filled nor drained:
-seconds per update, trained samples per second, `learner_idle_share` (time in which the learner neither updates nor
-hands over weights), the share of trained tokens of each staleness, and processor seconds per update by kind of process.
+seconds per update, trained samples and response tokens per second (ratios are of the latter: arms come to answer at
+different lengths, and a shorter response makes no faster system), `learner_idle_share` (time in which the learner
+neither updates nor hands over weights), the share of trained tokens of each staleness, and processor seconds per update
+by kind of process.
 Whatever else runs on the machine counts too: `load` says how much that was. Accuracy (T = 1 and greedy) is that of each
 arm's last checkpoint on held-out prompts.
 """
@@ -35,7 +37,7 @@ from prism_ray.config.run import RunSettings
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.learner.group import LearnerGroup
 from prism_ray.models.tiny import build_tiny
-from prism_ray.records import Prompt
+from prism_ray.records import Prompt, Ticket
 from prism_ray.report.evaluation import evaluation_metrics
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
@@ -55,14 +57,16 @@ UNUSED = [f"testbed.{split}=8" for split in ("pretrain", "base", "sft", "align",
 
 
 class Timed(LearnerGroup):
-    """The learner; notes how long it was busy."""
+    """The learner; notes how long it was busy, and how many response tokens it was given."""
 
     busy_s = 0.0
+    tokens = 0
 
-    async def update(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    async def update(self, tickets: list[Ticket], version: int) -> dict[str, float]:
         began = time.perf_counter()
+        Timed.tokens += sum(ticket.tokens for ticket in tickets)
         try:
-            return await super().update(*args, **kwargs)
+            return await super().update(tickets, version)
         finally:
             Timed.busy_s += time.perf_counter() - began
 
@@ -91,6 +95,7 @@ class Mark:
 
     def __init__(self, numbers: Mapping[str, float]) -> None:
         self.numbers, self.time, self.learner_s = dict(numbers), time.perf_counter(), Timed.busy_s
+        self.tokens = Timed.tokens
         self.processor_s = processor_seconds()
 
 
@@ -152,6 +157,7 @@ def summarise(marks: list[Mark], samples: int, skipped: int) -> dict[str, Any]:
     return {
         "seconds_per_update": seconds / count,
         "samples_per_s": samples * count / seconds,
+        "tokens_per_s": (last.tokens - first.tokens) / seconds,
         "learner_idle_share": 1 - (last.learner_s - first.learner_s) / seconds,
         "staleness_of_tokens": staleness,
         "processor_s_per_update": {kind: used / count for kind, used in spent.items()},
@@ -227,7 +233,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=28)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="settings of the run, all arms")
     options = parse(__doc__, parser)
-    options.skipped, overrides = 4, ["testbed.evaluate=512", *UNUSED]
+    options.skipped, overrides = 4, ["stages=[rlvr]", "testbed.evaluate=512", *UNUSED]
     if options.quick:
         options.skipped, options.updates, options.engines, options.staleness = 1, 3, [1], [0, 1]
         overrides += ["testbed.evaluate=32", "testbed.rlvr=128", "rlvr.loop.groups_per_step=4"]
@@ -246,7 +252,7 @@ def main() -> None:
         for staleness in options.staleness:
             arm, base = f"{engines}_engines_staleness_{staleness}", f"{engines}_engines_staleness_0"
             if staleness and base in found:
-                ratios[f"{arm}_over_sync"] = found[arm]["samples_per_s"] / found[base]["samples_per_s"]
+                ratios[f"{arm}_over_sync"] = found[arm]["tokens_per_s"] / found[base]["tokens_per_s"]
     for name, row in found.items():
         ratios[f"{name}_over_trl"] = row["samples_per_s"] / TRL_SAMPLES_PER_S
     setting = {"updates": options.updates, "skipped_at_both_ends": options.skipped, "set": options.set}

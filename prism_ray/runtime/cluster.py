@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,16 +40,36 @@ def start(settings: ClusterSettings) -> None:
     if address:
         _join(address, environment)
         return
-    ray.init(
-        address="local",  # without it, Ray joins any cluster that `ray start` has left on this machine
-        num_cpus=settings.cpus or os.cpu_count(),
-        object_store_memory=settings.object_store_mb * 2**20,
-        include_dashboard=False,
-        runtime_env=environment,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        _metrics_export_port=settings.metrics_port,
-    )
+    with _own_folder() as folder:
+        ray.init(
+            address="local",  # without it, Ray joins any cluster that `ray start` has left on this machine
+            num_cpus=settings.cpus or os.cpu_count(),
+            object_store_memory=settings.object_store_mb * 2**20,
+            include_dashboard=False,
+            runtime_env=environment,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _metrics_export_port=settings.metrics_port,
+        )
+    log.info("what Ray itself logs: %s", folder / "ray" / "session_latest" / "logs")
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder for the files of a private cluster, and of nobody else.
+
+    In Ray's usual one lies the address that `ray start` last wrote, and Ray's workers take it for their own cluster's:
+    Ray Train's watchman then asks a foreign one for the trainer, hears that there is none, and has its ranks killed.
+    """
+    before = os.environ.get("RAY_TMPDIR")
+    folder = Path(tempfile.mkdtemp(prefix="prism-", dir=before))
+    os.environ["RAY_TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        del os.environ["RAY_TMPDIR"]
+        if before is not None:
+            os.environ["RAY_TMPDIR"] = before
 
 
 def joins(settings: ClusterSettings) -> bool:

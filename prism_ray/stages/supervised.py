@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import pickle
@@ -31,8 +32,10 @@ from prism_ray.corpora.files import Source, absolute
 from prism_ray.corpora.quarantine import Quarantine
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
 from prism_ray.stages.supervised_data import Course, Job
-from prism_ray.stages.supervised_entry import Inbox, ask_inbox, train_rank
+from prism_ray.stages.supervised_entry import Inbox, Losses, ask_inbox, train_rank
 from prism_ray.stages.supervised_tasks import CellTask, ResponseTask
+
+log = logging.getLogger(__name__)
 
 OnMetrics = Callable[[str, int, dict[str, float]], None]
 """Called with the phase's name, its step (from 1) and the metrics."""
@@ -165,6 +168,7 @@ def _trainer(job: Job, inbox: Any, run_name: str, state_folder: Path) -> ray_tor
             storage_path=str(state_folder),
             failure_config=train.FailureConfig(max_failures=s.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+            callbacks=[Losses(inbox)],
         ),
     )
 
@@ -208,6 +212,9 @@ class _Desk:
                 self._bad[message[1]].add(message[2])
             elif kind == "broken":
                 raise CorpusError(message[1])
+            elif kind == "lost":
+                lost = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(message[1].items()))
+                log.warning("%s was lost; Ray Train starts the ranks again from their last checkpoint", lost)
         except BaseException as error:
             self._fail(error)
 

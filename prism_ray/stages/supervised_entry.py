@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from ray.train import UserCallback
+
 from prism_ray.runtime.supervision import blocking_answer
 
 INBOX_S = 60.0
@@ -13,7 +15,8 @@ INBOX_S = 60.0
 
 class Inbox:
     """Ray actor through which the ranks speak to the driver: `("metrics", phase, step, row)`, `("bad", phase, rows)`,
-    `("broken", sentence)`, `("listening",)`; and the driver to the ranks: stop."""
+    `("broken", sentence)`, `("listening",)`; the controller to the driver: `("lost", ranks)`, by their reasons; and the
+    driver to the ranks: stop."""
 
     def __init__(self) -> None:
         self._messages: list[tuple[Any, ...]] = []
@@ -37,6 +40,17 @@ class Inbox:
 def ask_inbox(call: Any, what: str) -> Any:
     """The answer of an `Inbox`; raises, naming it, where it died or hangs."""
     return blocking_answer(call, "the actor that passes the ranks' messages on", what, INBOX_S)
+
+
+class Losses(UserCallback):
+    """Tells the driver which ranks were lost: Ray Train starts them again and says so nowhere that a person looks."""
+
+    def __init__(self, inbox: Any) -> None:
+        self._inbox = inbox
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        reasons = {rank: str(error).strip().partition("\n")[0] for rank, error in worker_exceptions.items()}
+        self._inbox.put.remote(("lost", reasons))  # not waited for: the controller has ranks to start
 
 
 def train_rank(config: dict[str, Any]) -> None:

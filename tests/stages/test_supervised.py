@@ -108,7 +108,7 @@ def plain_training(world, courses, phases):
     return losses, policy
 
 
-def test_two_ranks_of_which_one_is_killed_equal_plain_training(cluster, world, tmp_path):
+def test_two_ranks_of_which_one_is_killed_equal_plain_training(cluster, world, tmp_path, caplog):
     model, paths = world
     phases = (
         Phase("pretrain", (paths["pretrain"],), settings(3), "cells"),
@@ -129,6 +129,7 @@ def test_two_ranks_of_which_one_is_killed_equal_plain_training(cluster, world, t
     courses = (course(world, 3, split="pretrain"), course(world, 9))
     losses, policy = plain_training(world, courses, phases)
     assert killed, "nothing was killed, so nothing was resumed"
+    assert "rank 1: " in caplog.text and "was lost; Ray Train starts the ranks again" in caplog.text
     restart = next(i for i in range(1, len(seen)) if seen[i][:2] <= seen[i - 1][:2])
     assert seen[restart][:2] in (("sft", 2), ("sft", 6)), "checkpoints are at steps 4 and 8 of all"
     assert {(phase, step) for phase, step, _ in seen} == set(losses)
