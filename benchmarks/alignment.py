@@ -74,6 +74,7 @@ ARMS: dict[str, Arm] = {
     "no-std": Arm("rewards of views centred, not divided by their deviation", ("align.advantage.by_std=false",)),
     "dense": Arm("a judge without experts", ("discriminator.backbone=dense",)),
     "short": Arm("15 updates of alignment, 45 of GRPO", ("align.updates=15", "rlvr.updates=45")),
+    "long": Arm("35 updates of alignment, 25 of GRPO", ("align.updates=35", "rlvr.updates=25")),
     "few": Arm("96 references", ("testbed.align=96", "warmup.held_out_prompts=32"), ALL),
     "styles": Arm("a teacher of three styles", ("testbed.teacher_styles=3",), ALL),
     "few-styles": Arm(

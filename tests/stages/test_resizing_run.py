@@ -42,18 +42,24 @@ def test_engines_and_scorers_of_a_run_come_and_go_with_its_file(cluster, tmp_pat
     world = World(tmp_path, *SMALL)
     file, stages = world.session.folder / "resize.yaml", []
 
+    def ask(text):
+        def write():
+            file.write_text(text)  # and returns nothing: what a fault returns is waited for
+
+        return write
+
     def grown():
         return {f"{name} is 2 instead of 1" in caplog.text for name in ("rollout.engines", "discriminator.scorers")}
 
     async def scene():
         try:
-            faults = {1: lambda: file.write_text("rollout: {engines: 2}\ndiscriminator: {scorers: 2}\n")}
+            faults = {1: ask("rollout: {engines: 2}\ndiscriminator: {scorers: 2}\n")}
             while grown() != {True}:  # on a busy machine an engine takes longer than a stage
                 stages.append(f"grows-{len(stages)}")
                 await align(world, stages[-1], faults)
                 faults = {}
             stages.append("shrinks")
-            shrink = {2: lambda: file.write_text("rollout: {engines: nonsense}\n"), 4: file.unlink}
+            shrink = {2: ask("rollout: {engines: nonsense}\n"), 4: file.unlink}
             found = await align(world, stages[-1], shrink)
             found.check_cause('rollout.engines is "nonsense"', "resize.yaml is not used")
             async with asyncio.timeout(60):
