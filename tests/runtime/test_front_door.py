@@ -65,6 +65,24 @@ def test_every_job_looks_for_relative_paths_at_home(submitted, capsys, quiet, jo
     assert not any(Path().iterdir()), "something was written into the copy"
 
 
+@pytest.mark.parametrize(
+    ("job", "output"),
+    [
+        ("align", "runs/tiny"),
+        ("collect", "runs/references"),
+        ("curate", "runs/curation"),
+        ("evaluate", "runs/evaluation"),
+    ],
+)
+def test_what_a_job_writes_is_at_home_even_if_a_folder_of_that_name_came_along(submitted, monkeypatch, job, output):
+    """As it says where it is interrupted."""
+    Path(output).mkdir(parents=True)
+    module, said = importlib.import_module(f"jobs.{job}"), []
+    monkeypatch.setattr(module, "finish", lambda _, interrupted: said.append(interrupted) or 130)
+    assert run(job, *MISSING[job]) == 130
+    assert said[0].split()[-1] == str(submitted / output)
+
+
 @pytest.mark.parametrize("job", ["align", "check", "collect", "curate", "evaluate", "plan", "serve"])
 def test_every_job_looks_for_its_config_file_at_home_too(submitted, capsys, job):
     with pytest.raises(SystemExit) as left:

@@ -56,7 +56,7 @@ def test_one_too_many_is_refused_before_its_body_is_sent_and_keeps_its_connectio
         work = endpoint.service.batcher._work
         endpoint.service.batcher._work = lambda jobs: (gate.wait(60), work(jobs))[1]
         address = urlsplit(endpoint.url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=20)
         try:
             with ThreadPoolExecutor(2) as callers:
                 waiting = [callers.submit(client.score, "count red", response()) for _ in range(2)]
