@@ -10,24 +10,28 @@ so many callers ask, each again as soon as it has its answer. Overload is five t
 peak, by the Python client, which asks again when it was refused (503), after the time that the endpoint names; and then
 rude ones: requests five times as often as the endpoint can answer, whether or not it does.
 
-Server, callers and Ray share the machine, so that the callers' own work counts against the endpoint.
+Server, callers and Ray share the machine, so that the callers' own work counts against the endpoint. `processor_s` is
+what each of the processes worked meanwhile, and says what an answer and a refusal cost, however busy the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import socket
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import torch
 from common import conditions, finish, parse
 
@@ -41,6 +45,7 @@ from prism_ray.endpoint.client import AsyncClient
 from prism_ray.endpoint.wire import MSGPACK, SCORE, ScoreAnswer, body_of, pack
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Prompt
+from prism_ray.serve.deployment import INGRESS, SCORER
 from prism_ray.serve.intake import Query
 from prism_ray.serve.local import checked, listening
 from prism_ray.serve.scoring import Served
@@ -51,6 +56,8 @@ from prism_ray.testbed.words import vocabulary
 
 HEADERS = {"Content-Type": MSGPACK, "Accept": MSGPACK}
 OVERLOAD = 5
+ROLES = {"ProxyActor": "proxy", f":{INGRESS}": "ingress", f":{SCORER}": "scorer"}
+"""How the endpoint's processes are called, and what they do."""
 
 
 def make_queries(count: int, responses: int) -> list[Query]:
@@ -101,7 +108,7 @@ class Callers:
             began = time.perf_counter()
             await asyncio.gather(*(one(number) for number in range(callers)))
             took = time.perf_counter() - began
-        return {"requests_per_s": len(latencies) / took} | quantiles(latencies)
+        return {"requests_per_s": len(latencies) / took, "answers": len(latencies)} | quantiles(latencies)
 
     async def polite(self, callers: int, seconds: float) -> dict[str, Any]:
         """So many callers with the Python client; a latency is from the first attempt to the answer."""
@@ -151,11 +158,46 @@ class Callers:
         return answer.status_code, time.perf_counter() - began
 
 
+def processor_s() -> dict[str, float]:
+    """Seconds of processor time that callers (this process) and the endpoint's processes have used."""
+    own = psutil.Process()
+    used = {"callers": sum(own.cpu_times()[:2])} | dict.fromkeys(ROLES.values(), 0.0)
+    for child in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(child.cmdline())
+            for mark, role in ROLES.items():
+                if mark in title:
+                    used[role] += sum(child.cpu_times()[:2])
+    return used
+
+
+def measured(load: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """What became of a load, and what it cost."""
+    before = processor_s()
+    figures = asyncio.run(load)
+    return figures | {"processor_s": {role: round(s - before[role], 3) for role, s in processor_s().items()}}
+
+
+def endpoints_s(figures: dict[str, Any]) -> float:
+    """What all processes of the endpoint worked for a load."""
+    return sum(s for role, s in figures["processor_s"].items() if role != "callers")
+
+
 def quantiles(latencies: list[float]) -> dict[str, float]:
     """In milliseconds."""
     if not latencies:
         return {}
     return {f"p{q}_ms": round(float(np.percentile(latencies, q)) * 1000, 1) for q in (50, 95, 99)}
+
+
+def costs(peak: dict[str, Any], overload: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of the endpoint's processor time for an answer, at the peak, and for a refusal: what the overload
+    took beyond its answers."""
+    answer = endpoints_s(peak) / peak["answers"]
+    counts = overload["statuses"]
+    refusals = endpoints_s(overload) - answer * counts.get("200", 0)
+    refusal = refusals / counts["503"] if counts.get("503") else 0.0
+    return {"answer": round(1000 * answer, 2), "refusal": round(1000 * refusal, 2)}
 
 
 def free_port() -> int:
@@ -201,17 +243,18 @@ def main() -> None:
             callers = Callers(url, plain)
             asyncio.run(callers.closed(2, options.seconds / 5))  # warm up
             for count in options.callers:
-                figures[f"served, {count} callers"] = asyncio.run(callers.closed(count, options.seconds))
+                figures[f"served, {count} callers"] = measured(callers.closed(count, options.seconds))
                 print(count, figures[f"served, {count} callers"], flush=True)
             rates = {count: figures[f"served, {count} callers"]["requests_per_s"] for count in options.callers}
             busiest = max(rates, key=lambda count: rates[count])
             peak = rates[busiest]
-            figures["polite overload"] = asyncio.run(callers.polite(OVERLOAD * busiest, options.seconds))
+            figures["polite overload"] = measured(callers.polite(OVERLOAD * busiest, options.seconds))
             print("polite overload", figures["polite overload"], flush=True)
-            figures["overload"] = asyncio.run(callers.open(OVERLOAD * peak, options.seconds))
+            figures["overload"] = measured(callers.open(OVERLOAD * peak, options.seconds))
             print("overload", figures["overload"], flush=True)
             figures["after overload, 1 caller"] = asyncio.run(callers.closed(1, options.seconds / 3))
-    first = figures[f"served, {options.callers[0]} callers"]
+    first, best = (figures[f"served, {count} callers"] for count in (options.callers[0], busiest))
+    figures["processor_ms"] = costs(best, figures["overload"])
     ratios = {
         "requests_per_s, direct batched over served": figures["direct"]["batched"] / peak,
         "latency of one caller, served over direct": first["p50_ms"] / 1000 * figures["direct"]["alone"],

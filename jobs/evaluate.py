@@ -32,13 +32,13 @@ def _evaluate(settings: EvaluationSettings) -> None:
     from prism_ray.report.progress import setup_logging
     from prism_ray.runtime.cluster import ClusterError
     from prism_ray.runtime.sharing import require_shared
-    from prism_ray.stages.assess import RESULT, AssessError, assess, check_inputs, corpus_of, start_cluster
+    from prism_ray.stages.assess import RESULT, AssessError, assess, check_inputs, start_cluster
 
     with refusing(ValueError, FileNotFoundError, ClusterError):
         check_inputs(settings)
         setup_logging(settings.output)
         start_cluster(settings)
-        named = {"checkpoint": [settings.checkpoint], "prompts": paths_of(corpus_of(settings))}
+        named = {"checkpoint": [settings.checkpoint], "prompts": paths_of(settings.prompts or settings.data.evaluate)}
         require_shared(settings.output, named, settings.cluster.pending_timeout_s)
     with refusing(CorpusError, AssessError):
         result = asyncio.run(assess(settings))
