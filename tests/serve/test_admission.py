@@ -52,29 +52,33 @@ def asked(app, **headers: str) -> tuple[int, dict[bytes, bytes], bytes]:
 
 def test_one_too_many_is_refused_before_its_body_is_sent_and_keeps_its_connection(listening, token, response):
     gate = threading.Event()
-    with listening(queue={"requests": 2}) as endpoint, Client(endpoint.url, token) as client:
+    with (
+        listening(queue={"requests": 2}) as endpoint,
+        Client(endpoint.url, token) as client,
+        ThreadPoolExecutor(2) as callers,
+    ):
         work = endpoint.service.batcher._work
         endpoint.service.batcher._work = lambda jobs: (gate.wait(60), work(jobs))[1]
         address = urlsplit(endpoint.url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=20)
         try:
-            with ThreadPoolExecutor(2) as callers:
-                waiting = [callers.submit(client.score, "count red", response()) for _ in range(2)]
-                deadline = time.monotonic() + 60
-                while endpoint.service._open < 2 and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                connection.putrequest("POST", SCORE)
-                connection.putheader("Content-Length", "5")
-                connection.endheaders()
-                refused = connection.getresponse()
-                error = json.loads(refused.read())["error"]
-                assert (refused.status, error["code"]) == (503, "overloaded") and "2 requests" in error["message"]
-                assert int(refused.headers["Retry-After"]) >= 1
-                connection.send(b"nobody"[:5])
-                connection.request("GET", "/healthz")
-                assert connection.getresponse().read() == b'{"status":"ok"}', "health is no request for scores"
-                gate.set()
-                assert all(call.result().results[0].valid for call in waiting)
+            waiting = [callers.submit(client.score, "count red", response()) for _ in range(2)]
+            deadline = time.monotonic() + 60
+            while endpoint.service._open < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            connection.putrequest("POST", SCORE)
+            connection.putheader("Authorization", f"Bearer {token}")
+            connection.putheader("Content-Length", "5")
+            connection.endheaders()
+            refused = connection.getresponse()
+            error = json.loads(refused.read())["error"]
+            assert (refused.status, error["code"]) == (503, "overloaded") and "2 requests" in error["message"]
+            assert int(refused.headers["Retry-After"]) >= 1
+            connection.send(b"12345")
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read() == b'{"status":"ok"}', "health is no request for scores"
+            gate.set()
+            assert all(call.result().results[0].valid for call in waiting)
             assert client.score("count red", response()).results[0].valid, "there is room again"
         finally:
             gate.set()
