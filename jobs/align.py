@@ -18,13 +18,11 @@ import os
 import sys
 from pathlib import Path
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.run import RunSettings
-from prism_ray.report.incidents import reason
 from prism_ray.report.progress import setup_logging
 from prism_ray.report.summary import read_summary
 from prism_ray.report.table import print_evaluation
-from prism_ray.runtime.submitted import at_home
+from prism_ray.runtime.front_door import finish, refusing, settings_for
 
 # Bars of libraries that write model files would tear the live panel; a run has its own progress.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -33,9 +31,12 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
-    settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
-    settings = at_home(settings, output="runs")
+    settings = settings_for(argv, RunSettings, __doc__ or "", "runs", DEFAULT)
     folder = settings.runs / settings.name
+    return finish(lambda: _run(settings, folder), f"interrupted; the same command continues it: {folder}")
+
+
+def _run(settings: RunSettings, folder: Path) -> None:
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError
     from prism_ray.report.wandb_run import WandbError
@@ -44,26 +45,18 @@ def main(argv: list[str]) -> int:
     from prism_ray.stages.run import InputError, check_inputs, run, start_cluster
     from prism_ray.stages.session import Interrupted
 
-    try:
+    with refusing(InputError, CorpusError, ClusterError, WandbError):
         setup_logging(folder)
         logging.getLogger("prism_ray").info("%s holds this run", folder.absolute())
         check_inputs(settings)
         start_cluster(settings)
         require_shared(folder, settings.named_paths(), settings.cluster.pending_timeout_s)
-        asyncio.run(run(settings))
-    except (Interrupted, KeyboardInterrupt):
-        print(f"interrupted; the same command continues it: {folder}", file=sys.stderr)
-        return 130
-    except (InputError, CorpusError, ClusterError, WandbError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
+        try:
+            asyncio.run(run(settings))
+        except Interrupted:
+            raise KeyboardInterrupt from None
     print_evaluation(read_summary(folder)["evaluation"])
     print(f"done: {folder / 'summary.json'} and {folder / 'report.html'}")
-    return 0
 
 
 if __name__ == "__main__":

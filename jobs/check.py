@@ -12,49 +12,42 @@ with the rows that cannot be used, each with its reason and place. Exit code 0: 
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.run import RunSettings
+from prism_ray.runtime.front_door import DONE, REFUSED, finish, refusing, settings_for
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
-    settings = parse_job(argv, RunSettings, __doc__ or "", DEFAULT)
+    settings = settings_for(argv, RunSettings, __doc__ or "", "runs", DEFAULT)
+    return finish(lambda: _check(settings), "interrupted; nothing was written")
+
+
+def _check(settings: RunSettings) -> int:
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.models.load import check_policy
-    from prism_ray.report.incidents import reason
     from prism_ray.report.progress import setup_logging
     from prism_ray.runtime import cluster
+    from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.check import FOLDER, check_corpora, report_lines
 
     folder = settings.runs / settings.name / FOLDER
-    try:
+    with refusing(ValueError, FileNotFoundError, cluster.ClusterError):
         if settings.policy is not None:
             check_policy(settings.policy)
         setup_logging(folder)
         cluster.start(settings.cluster)
-    except (ValueError, FileNotFoundError, cluster.ClusterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        result = check_corpora(settings)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
+        require_shared(None, settings.named_paths(), settings.cluster.pending_timeout_s)
+    result = check_corpora(settings)
     print("\n".join(report_lines(result)))
     print(f"done: {folder / 'check.json'}")
     for sentence in result["stops"].values():
         print(sentence, file=sys.stderr)
-    return 2 if result["stops"] else 0
+    return REFUSED if result["stops"] else DONE
 
 
 if __name__ == "__main__":

@@ -14,56 +14,42 @@ interrupted with the state saved.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.collect import CollectSettings
-from prism_ray.runtime.submitted import at_home
+from prism_ray.runtime.front_door import DONE, FAILED, finish, refusing, settings_for
 
 DRY_RUN = "--dry-run"
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
-    dry_run = DRY_RUN in argv
-    settings = parse_job([word for word in argv if word != DRY_RUN], CollectSettings, __doc__ or "")
-    settings = at_home(settings, output="output")
+    settings = settings_for([word for word in argv if word != DRY_RUN], CollectSettings, __doc__ or "", "output")
+    interrupted = f"interrupted; the same command goes on: {settings.output}"
+    return finish(lambda: _collect(settings, dry_run=DRY_RUN in argv), interrupted)
+
+
+def _collect(settings: CollectSettings, dry_run: bool) -> int:
     # Imported after the command line is understood: --help and a typing error should not take seconds.
     from prism_ray.corpora.collect_journal import CollectError
     from prism_ray.corpora.reader import CorpusError
-    from prism_ray.report.incidents import reason
     from prism_ray.report.progress import setup_logging
     from prism_ray.stages.collect import collect, describe_estimate, estimate
 
-    try:
+    with refusing(CollectError, CorpusError):
         if dry_run:
             print(describe_estimate(estimate(settings), settings))
-            return 0
+            return DONE
         setup_logging(settings.output)
         summary = collect(settings)
-    except (CollectError, CorpusError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _interrupted(settings)
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
     print(json.dumps(summary, indent=2))
     if summary["status"] == "interrupted":
-        return _interrupted(settings)
+        raise KeyboardInterrupt
     if summary["status"] == "stopped":
         print(summary["reason"], file=sys.stderr)
-        return 1
+        return FAILED
     print(f"done: {settings.output / 'references.parquet'}")
-    return 0
-
-
-def _interrupted(settings: CollectSettings) -> int:
-    print(f"interrupted; the same command goes on: {settings.output}", file=sys.stderr)
-    return 130
+    return DONE
 
 
 if __name__ == "__main__":

@@ -14,55 +14,41 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sys
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.corpora import paths_of
 from prism_ray.config.curate import CurateSettings
-from prism_ray.runtime.submitted import at_home
+from prism_ray.runtime.front_door import finish, refusing, settings_for
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
-    settings = parse_job(argv, CurateSettings, __doc__ or "")
-    settings = at_home(settings, output="output")
+    settings = settings_for(argv, CurateSettings, __doc__ or "", "output")
+    return finish(lambda: _curate(settings), f"interrupted; the same command goes on: {settings.output}")
+
+
+def _curate(settings: CurateSettings) -> None:
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.curation import drawn
     from prism_ray.corpora.reader import CorpusError
-    from prism_ray.report.incidents import reason
     from prism_ray.report.progress import setup_logging
     from prism_ray.runtime.cluster import ClusterError
     from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.curate import check_inputs, curate, start_cluster
 
-    try:
+    with refusing(ValueError, FileNotFoundError, ClusterError):
         check_inputs(settings)
         setup_logging(settings.output)
         start_cluster(settings)
         named = {"policy": [settings.policy], "prompts": paths_of(settings.prompts)}
         require_shared(settings.output, named, settings.cluster.pending_timeout_s)
-    except (ValueError, FileNotFoundError, ClusterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
+    with refusing(CorpusError):
         summary = asyncio.run(curate(settings))
-    except KeyboardInterrupt:
-        summary = None
-    except CorpusError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
     if summary is None:
-        print(f"interrupted; the same command goes on: {settings.output}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt
     print(json.dumps({name: value for name, value in summary.items() if name != "pass_rates"}, indent=2))
     print(f"pass rates of {summary['prompts']} prompts:\n{drawn(summary['pass_rates'])}")
     print(f"done: {settings.output / 'rl.parquet'}, teacher.parquet and warmup.jsonl beside it")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,47 +13,39 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sys
 
-from prism_ray.config.cli import parse_job
+from prism_ray.config.corpora import paths_of
 from prism_ray.config.evaluation import EvaluationSettings
+from prism_ray.runtime.front_door import finish, refusing, settings_for
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
-    settings = parse_job(argv, EvaluationSettings, __doc__ or "")
+    settings = settings_for(argv, EvaluationSettings, __doc__ or "", "output")
+    return finish(lambda: _evaluate(settings), f"interrupted; the same command goes on: {settings.output}")
+
+
+def _evaluate(settings: EvaluationSettings) -> None:
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
     from prism_ray.corpora.reader import CorpusError
-    from prism_ray.report.incidents import reason
     from prism_ray.report.progress import setup_logging
     from prism_ray.runtime.cluster import ClusterError
+    from prism_ray.runtime.sharing import require_shared
     from prism_ray.stages.assess import RESULT, AssessError, assess, check_inputs, start_cluster
 
-    try:
+    with refusing(ValueError, FileNotFoundError, ClusterError):
         check_inputs(settings)
         setup_logging(settings.output)
         start_cluster(settings)
-    except (ValueError, FileNotFoundError, ClusterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
+        named = {"checkpoint": [settings.checkpoint], "prompts": paths_of(settings.prompts or settings.data.evaluate)}
+        require_shared(settings.output, named, settings.cluster.pending_timeout_s)
+    with refusing(CorpusError, AssessError):
         result = asyncio.run(assess(settings))
-    except KeyboardInterrupt:
-        result = None
-    except (CorpusError, AssessError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
     if result is None:
-        print(f"interrupted; the same command goes on: {settings.output}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt
     print(json.dumps(result, indent=2))
     print(f"done: {settings.output / RESULT}, samples.jsonl beside it")
-    return 0
 
 
 if __name__ == "__main__":

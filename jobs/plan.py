@@ -8,8 +8,8 @@
 Nothing is started but, for `live`, what connects to Ray (where there is no cluster: a private one of this machine, for
 a moment). The policy's `config.json` says how large it is; a folder that is not there yet is known by its name if that
 begins like a published model's (Qwen3-VL-2B, 4B, 8B, 32B).
-Exit code 0: the run is possible; 2: it is not, or the configuration is bad (the reasons, with the settings to change,
-are the last lines).
+Exit code 0: the run is possible; 1: failed (the last line says why); 2: it is not, or the configuration is bad (the
+reasons, with the settings to change, are the last lines); 130: interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.run import RunSettings
 from prism_ray.planning.architecture import PlanError
 from prism_ray.planning.flow import Rates, measured, phases
@@ -27,6 +26,8 @@ from prism_ray.planning.hardware import GIB, Hardware, parse_cluster
 from prism_ray.planning.plan import make_plan
 from prism_ray.planning.table import print_plan
 from prism_ray.report.metrics import read_metrics
+from prism_ray.runtime.front_door import DONE, REFUSED, finish, refusing, settings_for
+from prism_ray.runtime.submitted import found
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
@@ -37,16 +38,18 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         own.print_help()
     arguments, rest = own.parse_known_args(argv)
-    settings = parse_job(rest, RunSettings, __doc__ or "", DEFAULT)
-    try:
-        plan = make_plan(settings, _hardware(arguments, settings), _rates(arguments.measured, settings))
-    except (PlanError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    settings = settings_for(rest, RunSettings, __doc__ or "", "runs", DEFAULT)
+    return finish(lambda: _plan(arguments, settings), "interrupted")
+
+
+def _plan(arguments: argparse.Namespace, settings: RunSettings) -> int:
+    with refusing(PlanError, FileNotFoundError):
+        rates = _rates(found(arguments.measured) if arguments.measured else None, settings)
+        plan = make_plan(settings, _hardware(arguments, settings), rates)
     print_plan(plan, settings)
     for problem in plan.problems:
         print(f"impossible: {problem}", file=sys.stderr)
-    return 2 if plan.problems else 0
+    return REFUSED if plan.problems else DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +70,8 @@ def _hardware(arguments: argparse.Namespace, settings: RunSettings) -> Hardware:
     if arguments.cluster == "live":
         from prism_ray.runtime import cluster, placement
 
-        cluster.start(settings.cluster)
+        with refusing(cluster.ClusterError):
+            cluster.start(settings.cluster)
         nodes = placement.nodes()
     else:
         nodes = parse_cluster(arguments.cluster, arguments.node_cpus, arguments.head_cpus)

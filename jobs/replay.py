@@ -7,7 +7,7 @@
 
 Training needs a run with `journal.keep=true`. The same journal, start and settings give the same losses each time; they
 are printed beside those of the run, and go with all other metrics to RUN_FOLDER/replay/<stage>/metrics.jsonl.
-Exit code 0: done; 1: failed; 2: bad input.
+Exit code 0: done; 1: failed (the last line says why); 2: bad input; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,16 @@ from pathlib import Path
 from prism_ray.config.load import ConfigError, load_config
 from prism_ray.config.run import RunSettings
 from prism_ray.report.metrics import MetricsLog, read_metrics
+from prism_ray.runtime.front_door import finish, refusing
+from prism_ray.runtime.submitted import at_home, found, kept
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     arguments = _parser().parse_intermixed_args(argv)
-    # Imported after the command line is understood: --help should not take torch's seconds.
-    from prism_ray.runtime.journal import JournalError
-    from prism_ray.stages.replay import ReplayError
-
-    try:
-        return _show(arguments) if arguments.show is not None else _train(arguments)
-    except (ConfigError, JournalError, ReplayError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    arguments.run = kept(arguments.run)  # where the run is, what comes of this is written too
+    work = _show if arguments.show is not None else _train
+    return finish(lambda: work(arguments), "interrupted; the same command begins anew")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,40 +55,47 @@ def _journal(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from prism_ray.stages.replay import describe, overview
+    # Imported after the command line is understood: --help should not take torch's seconds.
+    from prism_ray.runtime.journal import JournalError
+    from prism_ray.stages.replay import ReplayError, describe, overview
 
-    folder = _journal(arguments)
-    if arguments.show >= 0:
-        print(describe(folder, arguments.show, arguments.salvage))
-    else:
-        console = Console()
-        Console(width=None if console.is_terminal else 160).print(overview(folder, arguments.salvage))
-    return 0
+    with refusing(JournalError, ReplayError, FileNotFoundError):
+        folder = _journal(arguments)
+        if arguments.show >= 0:
+            print(describe(folder, arguments.show, arguments.salvage))
+        else:
+            console = Console()
+            Console(width=None if console.is_terminal else 160).print(overview(folder, arguments.salvage))
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> None:
     from prism_ray.runtime import cluster
-    from prism_ray.stages.replay import STARTS, replay
+    from prism_ray.runtime.journal import JournalError
+    from prism_ray.runtime.sharing import require_shared
+    from prism_ray.stages.replay import STARTS, ReplayError, replay
 
-    journal, stage = _journal(arguments), arguments.stage
-    settings = load_config(RunSettings, arguments.run / "config.yaml", arguments.overrides)
-    start = (arguments.start or arguments.run / STARTS[stage] / "checkpoint").resolve()
-    recorded = {r["step"]: r for r in read_metrics(arguments.run / "metrics.jsonl") if r["stage"] == stage}
-    cluster.start(settings.cluster)
-    with MetricsLog(arguments.run / "replay" / stage) as log:
+    stage = arguments.stage
+    with refusing(ConfigError, JournalError, ReplayError, FileNotFoundError, cluster.ClusterError):
+        journal = _journal(arguments)
+        settings = at_home(load_config(RunSettings, arguments.run / "config.yaml", arguments.overrides), "runs")
+        given = found(arguments.start) if arguments.start else arguments.run / STARTS[stage] / "checkpoint"
+        start = given.resolve()
+        recorded = {r["step"]: r for r in read_metrics(arguments.run / "metrics.jsonl") if r["stage"] == stage}
+        cluster.start(settings.cluster)
+        require_shared(None, {"--start": [start]}, settings.cluster.pending_timeout_s)
+        with MetricsLog(arguments.run / "replay" / stage) as log:
 
-        def on_update(step: int, metrics: dict[str, float]) -> None:
-            log.write(stage, step, metrics)
-            then = recorded.get(step, {}).get("policy/loss", math.nan)
-            loss, norm = metrics["policy/loss"], metrics["policy/grad_norm"]
-            print(f"update {step}: loss {loss:.9g} (the run's: {then:.9g}), gradient norm {norm:.9g}", flush=True)
+            def on_update(step: int, metrics: dict[str, float]) -> None:
+                log.write(stage, step, metrics)
+                then = recorded.get(step, {}).get("policy/loss", math.nan)
+                loss, norm = metrics["policy/loss"], metrics["policy/grad_norm"]
+                print(f"update {step}: loss {loss:.9g} (the run's: {then:.9g}), gradient norm {norm:.9g}", flush=True)
 
-        options = {"updates": arguments.updates, "salvage": arguments.salvage, "midway": arguments.start is not None}
-        asyncio.run(replay(settings, stage, journal, start, on_update, **options))
-    return 0
+            updates, salvage, midway = arguments.updates, arguments.salvage, arguments.start is not None
+            asyncio.run(replay(settings, stage, journal, start, on_update, updates, salvage, midway))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python jobs/report.py runs/tiny
 
-Exit code 0: `report.html` is written; 2: there is no such folder.
+Exit code 0: `report.html` is written; 1: failed (the last line says why); 2: there is no such folder; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import sys
 from pathlib import Path
 
 from prism_ray.report.html import write_report
+from prism_ray.runtime.front_door import Refused, finish
+from prism_ray.runtime.submitted import kept
 
 
 def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, runs/NAME")
-    folder = parser.parse_args(argv).run
+    folder = kept(parser.parse_args(argv).run)
+    return finish(lambda: _report(folder), "interrupted; the page is as it was")
+
+
+def _report(folder: Path) -> None:
     if not folder.is_dir():
-        print(f"{folder} is no folder; give that of a run, runs/NAME", file=sys.stderr)
-        return 2
+        raise Refused(f"{folder} is no folder; give that of a run, runs/NAME")
     print(write_report(folder))
-    return 0
 
 
 if __name__ == "__main__":

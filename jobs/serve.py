@@ -11,11 +11,10 @@ configuration or input, a port that is taken among it; 130: stopped by Ctrl-C or
 
 from __future__ import annotations
 
-import logging
 import sys
 
-from prism_ray.config.cli import parse_job
 from prism_ray.config.serve import ServeJobSettings
+from prism_ray.runtime.front_door import finish, refusing, settings_for
 
 NEW_TOKEN, CHECKPOINT = "--new-token", "--checkpoint"
 
@@ -24,23 +23,18 @@ def main(argv: list[str]) -> int:
     """Run the job; returns its exit code."""
     if NEW_TOKEN in argv:
         return _print_token()
-    settings = parse_job(_with_checkpoint(argv), ServeJobSettings, __doc__ or "")
+    settings = settings_for(_with_checkpoint(argv), ServeJobSettings, __doc__ or "")
+    return finish(lambda: _serve(settings), "stopped")
+
+
+def _serve(settings: ServeJobSettings) -> None:
     # Imported after the command line is understood: --help and a typing error should not take torch's seconds.
-    from prism_ray.report.incidents import reason
     from prism_ray.runtime.cluster import ClusterError
     from prism_ray.serve.local import StartError, serve_until_stopped
 
-    try:
+    with refusing(StartError, ClusterError):
         serve_until_stopped(settings)
-    except (StartError, ClusterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Exception as error:
-        logging.getLogger("prism_ray").error("failed", exc_info=True)
-        print(reason(error), file=sys.stderr)
-        return 1
-    print("stopped", file=sys.stderr)
-    return 130
+    raise KeyboardInterrupt  # nothing else ends it
 
 
 def _with_checkpoint(argv: list[str]) -> list[str]:

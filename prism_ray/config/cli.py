@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,11 +15,18 @@ from prism_ray.config.load import ConfigError, load_config
 S = TypeVar("S", bound=Settings)
 
 
-def parse_job(argv: list[str], cls: type[S], description: str, default_config: Path | None = None) -> S:
+def parse_job(
+    argv: list[str],
+    cls: type[S],
+    description: str,
+    default_config: Path | None = None,
+    found: Callable[[Path], Path] = Path,
+) -> S:
     """The settings that a job's arguments (without the program's name) ask for.
 
     `--help` prints every setting and leaves with exit code 0; a bad configuration prints one sentence per problem to
-    stderr and leaves with exit code 2. `default_config` is the file used without `--config` (None: no file).
+    stderr and leaves with exit code 2. `default_config` is the file used without `--config` (None: no file);
+    `found` says where a file that is named lies.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -36,7 +44,7 @@ def parse_job(argv: list[str], cls: type[S], description: str, default_config: P
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="a setting, for instance learner.lr=3e-4")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        files = arguments.config or ([default_config] if default_config else [])
+        files = [found(file) for file in arguments.config or ([default_config] if default_config else [])]
         return load_config(cls, files, arguments.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)

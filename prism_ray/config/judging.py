@@ -42,14 +42,6 @@ class JudgingSettings(Settings):
     """A rank or scorer that answers no ping for so long hangs and counts as dead. They answer while they compute; only
     a machine that swaps takes seconds."""
 
-    @property
-    def needs(self) -> dict[str, float]:
-        """What all processes together reserve, by Ray's names."""
-        return {
-            "CPU": self.ranks * self.cpus_per_rank + self.scorers * self.cpus_per_scorer,
-            "GPU": self.ranks * self.gpus_per_rank + self.scorers * self.gpus_per_scorer,
-        }
-
 
 JUDGING_FIELDS = frozenset(JudgingSettings.model_fields) - {"policy"}
 """What says where and how fast the discriminator works, not what it becomes."""

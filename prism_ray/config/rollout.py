@@ -57,8 +57,8 @@ class RolloutSettings(Settings):
     others set a copy aside in the learner's memory (a second copy of the weights in `dtype`; for `sparse_nccl` a third)
     from which each engine fetches it: `gloo` over the network between CPUs, `nccl` between GPUs, `sparse_nccl` likewise
     but only what has changed since (small steps in bfloat16 leave most numbers as they are; dense policies only), `ipc`
-    within a GPU that a learner rank and an engine share, `sharded_rdt` (needs the package nixl) where each worker of a
-    large engine fetches only its slice."""
+    within a GPU that a learner rank and an engine share (`cluster.layout: colocated`), `sharded_rdt` (needs the package
+    nixl) where each worker of a large engine fetches only its slice."""
     weights_bucket_mb: float = Field(default=256.0, gt=0)
     """Weights travel in pieces of this size, except through shared memory: small ones cost round trips, large ones
     memory of the engine, which holds a piece beside the weights."""

@@ -120,11 +120,10 @@ class RunSettings(Settings):
                 f"rollout.weights: {way} carries weights between GPUs, but {' and '.join(without)}; "
                 "set it to shared_memory or gloo"
             )
-        if way == "ipc" and self.rollout.engines * self.rollout.gpus_per_engine > self.learner.ranks:
+        if way == "ipc" and self.cluster.layout != "colocated":
             raise ValueError(
-                "rollout.weights: ipc works within a GPU that a learner rank and an engine share, but the engines have "
-                f"{self.rollout.engines * self.rollout.gpus_per_engine} GPUs and there are only {self.learner.ranks} "
-                "learner ranks; use nccl, or fewer engines"
+                "rollout.weights: ipc works within a GPU that a learner rank and an engine share, but cluster.layout "
+                f"is {self.cluster.layout}: each has its own; set it to colocated, or rollout.weights to nccl"
             )
         return self
 

@@ -55,7 +55,9 @@ class QueueSettings(Settings):
     """Tokens that may wait in a replica; beyond them requests are turned away with 503 and the time after which it is
     worth asking again. It bounds how long an accepted request waits: 16 batches by default."""
     requests: int = Field(default=256, ge=1)
-    """Requests that a replica works on at once, and that may wait before all of them. Their images are in memory."""
+    """Requests that a replica works on at once, and that may wait before all of them. Their images are in memory.
+    `replicas.most` times as many are let in at once; another is refused before it is read, as is one that would be late
+    (`limits.timeout_s`) by the rate of the last ones."""
     prompt_cache_mb: float = Field(default=256.0, ge=0)
     """Memory for prompts that were encoded lately: reward hooks send a prompt once for each of its responses, and equal
     prompts are then encoded once, and share their computation within a batch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -111,7 +112,7 @@ class AsyncClient:
                 if time.monotonic() + pause > deadline:
                     what = f"{self._client.base_url} gave no answer for {self._patience_s:g} s ({type(error).__name__})"
                     raise EndpointError(503, "unreachable", what) from None
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause * random.uniform(1.0, 1.5))  # those who were refused together return one by one
             wait = min(2 * wait, _MOST_WAIT_S)
 
     async def _once(self, cls: type[A], path: str, content: bytes | None) -> A:

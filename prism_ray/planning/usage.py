@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prism_ray.config.learner import OptimiserSettings
+from prism_ray.config.rollout import TransportName
 from prism_ray.config.run import RunSettings
 from prism_ray.planning import layout
 from prism_ray.planning.architecture import Architecture
@@ -25,6 +26,13 @@ CONTEXT = 3 * GIB
 """Assumed of every process on a GPU: CUDA's context, NCCL's buffers, what the allocator cannot use."""
 VLLM_SHARE = 0.92
 """Of a GPU's memory that vLLM takes where `rollout.kv_cache_gb` is unset (its default `gpu_memory_utilization`)."""
+
+
+STAGED: dict[TransportName, int] = {
+    "shared_memory": 0, "gloo": 1, "nccl": 1, "sparse_nccl": 2, "ipc": 1, "sharded_rdt": 1,
+}  # fmt: skip
+"""Copies of the policy, in the engines' type, that a learner rank sets aside for engines to fetch (`rollout.weights`).
+`gloo` keeps its own in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,9 @@ def _learner(s: RunSettings, policy: Architecture) -> Usage:
     state = training_state(policy.total, policy.trained(t.freeze, t.lora), t, t.ranks)
     if t.lora is None and any(p.objective.kl_coef for p in (s.align, s.rlvr)):
         state = replace(state, weights=state.weights + policy.total * NUMBER[t.precision])
+    staged = STAGED[s.rollout.weights] * policy.total * NUMBER[s.rollout.dtype]
+    place = "host" if s.rollout.weights == "gloo" and t.gpus_per_rank else "weights"
+    state = replace(state, **{place: getattr(state, place) + staged})
     tokens = max(t.micro_batch_tokens, s.rollout.max_model_len)
     run = Pass(tokens, _visual(s, tokens), t.precision, t.gradient_checkpointing, _trains_vision(t.freeze, policy))
     cures = "set learner.gradient_checkpointing to true, learner.zero_stage to 3, learner.offload to optimizer, raise "

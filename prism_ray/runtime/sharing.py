@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ APPEARS_WITHIN_S = 15.0
 """A network file system may show a new file late."""
 
 
-def require_shared(output: Path, inputs: Mapping[str, Sequence[Path]], timeout_s: float) -> None:
-    """Check that all nodes see the folder `output` as this one does, and the paths of `inputs` (by their setting).
+def require_shared(output: Path | None, inputs: Mapping[str, Sequence[Path]], timeout_s: float) -> None:
+    """Check that all nodes see the folder `output` (None: there is none) as this one does, and the paths of `inputs`
+    (by their setting).
 
     Raises ClusterError with a sentence that names node, path and cure; also where a node does not answer within
     `timeout_s` seconds. Nodes that join later are not known yet.
@@ -30,20 +32,30 @@ def require_shared(output: Path, inputs: Mapping[str, Sequence[Path]], timeout_s
     others.pop(here, None)
     if not others:
         return
-    output.mkdir(parents=True, exist_ok=True)
-    probe = output.resolve() / f".seen_{uuid.uuid4().hex}"
-    probe.touch()
     named = {path.resolve(): setting for setting, paths in inputs.items() for path in paths}
-    try:
-        for node, missing in _missing(others, [probe, *named], timeout_s):
-            if missing == probe:
+    with _probe(output) as probes:
+        for node, missing in _missing(others, [*probes, *named], timeout_s):
+            if missing in probes:
                 raise ClusterError(
-                    f"node {node} does not see the folder {output.resolve()}, but what runs there writes into it; "
+                    f"node {node} does not see the folder {missing.parent}, but what runs there writes into it; "
                     f"choose one on a file system that all nodes share, by the settings or by {HOME}"
                 )
             raise ClusterError(
                 f"node {node} does not see {missing} ({named[missing]}); put it on a file system that all nodes share"
             )
+
+
+@contextmanager
+def _probe(folder: Path | None) -> Iterator[list[Path]]:
+    """A new file in the folder, by which others can tell that it is the same."""
+    if folder is None:
+        yield []
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder.resolve() / f".seen_{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        yield [probe]
     finally:
         probe.unlink(missing_ok=True)
 

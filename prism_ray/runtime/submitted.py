@@ -25,28 +25,39 @@ def is_submitted() -> bool:
     return JOB_CONFIG in os.environ
 
 
-def at_home(settings: S, output: str) -> S:
+def home() -> Path:
+    """The folder that relative paths of submitted jobs are in: `$PRISM_RAY_HOME`, or `~/prism_ray` without it."""
+    return Path(os.environ.get(HOME) or Path.home() / "prism_ray")
+
+
+def kept(path: Path) -> Path:
+    """Where a job writes that is told to write to `path`. A submitted job works in a copy of what was submitted, which
+    Ray deletes afterwards: there a relative path is at home."""
+    return home() / path if is_submitted() else path
+
+
+def found(path: Path) -> Path:
+    """Where a job reads that is told to read `path`: in a submitted one at home, unless it came along."""
+    return home() / path if is_submitted() and not path.exists() else path
+
+
+def at_home(settings: S, output: str | None) -> S:
     """The settings with paths as they hold for a submitted job; elsewhere as they are.
 
-    Such a job works in a copy of what was submitted, which Ray deletes afterwards. A relative path is therefore taken
-    to be in `$PRISM_RAY_HOME` (or in `~/prism_ray` where that is not set): that of the field `output` always, others
-    where what was submitted does not have them.
+    That of the field `output` (None: there is none) is where the job writes, all others where it reads.
     """
     if not is_submitted():
         return settings
-    home = Path(os.environ.get(HOME) or Path.home() / "prism_ray")
-    moved = _moved(settings, home)
-    return moved.model_copy(update={output: home / getattr(settings, output)})
+    moved = _moved(settings)
+    return moved.model_copy(update={output: kept(getattr(settings, output))} if output else {})
 
 
-def _moved(value: Any, home: Path) -> Any:
+def _moved(value: Any) -> Any:
     if isinstance(value, Settings):
-        return value.model_copy(update={name: _moved(getattr(value, name), home) for name in type(value).model_fields})
+        return value.model_copy(update={name: _moved(getattr(value, name)) for name in type(value).model_fields})
     if isinstance(value, list):
-        return [_moved(item, home) for item in value]
-    if isinstance(value, Path) and not value.exists():
-        return home / value
-    return value
+        return [_moved(item) for item in value]
+    return found(value) if isinstance(value, Path) else value
 
 
 def given_environment() -> Mapping[str, str]:

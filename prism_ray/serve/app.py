@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -33,9 +31,10 @@ from prism_ray.endpoint.wire import (
     ModelAnswer,
     ScoreAnswer,
     ScoreRequest,
-    pack,
     read_body,
 )
+from prism_ray.serve.admission import Admission, Bound
+from prism_ray.serve.answers import accepts_msgpack, failure, media_type_of, response
 from prism_ray.serve.auth import Guard
 from prism_ray.serve.examples import COMPARE_EXAMPLE, SCORE_EXAMPLE
 from prism_ray.serve.intake import Intake, Query
@@ -92,6 +91,8 @@ def create_app(settings: ServeSettings, digests: Sequence[str], backend: Backend
         return {"status": "ready"}
 
     _handle_errors(app)
+    bound = Bound(settings.replicas.most * settings.queue.requests, settings.limits.timeout_s)
+    app.add_middleware(Admission, bound=bound)
     app.openapi = lambda: _openapi(app)
     return app
 
@@ -136,29 +137,16 @@ class _Door:
         return bytes(found)
 
 
-def media_type_of(header: str) -> str:
-    """The media type of a `Content-Type` or `Accept` header, without parameters."""
-    return header.partition(";")[0].strip().lower()
-
-
 def answered(request: Request, answer: Answer, scored: ScoreAnswer | None = None) -> Response:
     """The answer in the media type that the caller accepts; msgpack holds the scores once more as one array."""
-    plain = answer.model_dump(mode="python")
-    accepted = [media_type_of(item) for item in request.headers.get("accept", "").split(",")]
-    if MSGPACK in accepted:
-        arrays = {} if scored is None else {"array": scored.array}
-        return Response(pack(plain | arrays), media_type=MSGPACK)
-    return Response(json.dumps(plain), media_type=JSON)
+    plain, accept = answer.model_dump(mode="python"), request.headers.get("accept", "")
+    if scored is not None and accepts_msgpack(accept):
+        plain["array"] = scored.array
+    return response(plain, accept)
 
 
 def _failure(request: Request, error: EndpointError) -> Response:
-    headers = {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
-    response = answered(request, ErrorAnswer.model_validate({"error": {"code": error.code, "message": error.message}}))
-    return Response(response.body, error.status, headers, response.media_type)
+    return failure(error, request.headers.get("accept", ""))
 
 
 def _handle_errors(app: FastAPI) -> None:

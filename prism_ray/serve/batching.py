@@ -55,15 +55,26 @@ class Batcher(Generic[J, R]):
 
         EndpointError 503: `overloaded` if too much waits, `deadline` if it has passed; else what `work` raised for it.
         """
-        if self._queue and self.waiting_tokens + cost > self._most:
-            what = f"{self.waiting_tokens} tokens wait to be scored, and at most {self._most} may"
-            raise EndpointError(503, "overloaded", f"{what}; ask again later", self.retry_after(cost))
+        self.admit(cost, deadline)
         answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(job, kind, cost, deadline, answer))
         self.waiting_tokens += cost
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         return await answer
+
+    def admit(self, cost: int, deadline: float) -> None:
+        """Raise EndpointError 503 where a job of at least this cost would be one too many, or late: nothing need be
+        done for it then. A job for which nothing waits is never refused."""
+        if not self._queue:
+            return
+        if self.waiting_tokens + cost > self._most:
+            what = f"{self.waiting_tokens} tokens wait to be scored, and at most {self._most} may"
+        elif self.tokens_per_s and time.monotonic() + (late := self.waiting_tokens / self.tokens_per_s) > deadline:
+            what = f"{self.waiting_tokens} tokens wait to be scored, for some {late:.1f} s, longer than this may take"
+        else:
+            return
+        raise EndpointError(503, "overloaded", f"{what}; ask again later", self.retry_after(cost))
 
     def retry_after(self, cost: int = 0) -> float:
         """Seconds after which there should be room again for a job of this cost."""

@@ -20,6 +20,8 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 from prism_ray.config.serve import ServeJobSettings, ServeSettings
 from prism_ray.planning import layout
 from prism_ray.runtime import cluster, placement
+from prism_ray.runtime.sharing import require_shared
+from prism_ray.serve.admission import CALLBACK
 from prism_ray.serve.auth import TokenError, load_digests
 from prism_ray.serve.deployment import application
 from prism_ray.serve.scoring import version_of
@@ -102,10 +104,14 @@ def _start(settings: ServeJobSettings, stopped: threading.Event) -> None:
     bundles = (layout.Bundle(replicas.cpus, replicas.gpus),) * replicas.least
     groups = layout.Group("replica", bundles, "anywhere", f"replicas.least = {replicas.least}")
     placement.check([layout.Layout("serve", (groups,))], settings.cluster)
+    named = {"checkpoint": settings.checkpoint, "tokens.file": settings.tokens.file}
+    read = {setting: [path] for setting, path in named.items() if path is not None}
+    require_shared(None, read, settings.cluster.pending_timeout_s)
     quiet = LoggingConfig(log_level=logging.WARNING, enable_access_log=False)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=settings.host, port=settings.port),
+        controller_options={"runtime_env": {"env_vars": dict(CALLBACK)}},
         logging_config=quiet,
     )
     own = ServeSettings.model_validate({name: getattr(settings, name) for name in ServeSettings.model_fields})

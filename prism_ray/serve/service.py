@@ -71,6 +71,7 @@ class Service:
         try:
             async with asyncio.timeout(time_left_s):
                 deadline = time.monotonic() + time_left_s
+                self.batcher.admit(1, deadline)
                 loop = asyncio.get_running_loop()
                 cut = await loop.run_in_executor(self._cutting, served.cut, query)
                 said = await self.batcher.submit(_Job(served, cut), cut.cost, deadline, kind=served)

@@ -166,7 +166,8 @@ def test_the_bases_fit_their_eight_gpus(base):
     s = loaded(base)
     engines = s.rollout.engines * s.rollout.gpus_per_engine
     judge = s.discriminator
-    assert engines + s.learner.ranks * s.learner.gpus_per_rank + judge.needs["GPU"] == 8
+    judging = judge.ranks * judge.gpus_per_rank + judge.scorers * judge.gpus_per_scorer
+    assert engines + s.learner.ranks * s.learner.gpus_per_rank + judging == 8
     assert judge.gpus_per_rank + judge.gpus_per_scorer <= 1, "they share one"
     assert judge.ranks <= min(s.align.loop.groups_per_step, s.warmup.prompts_per_step)
     assert judge.policy and "2B" in judge.policy.name and judge.micro_batch_tokens >= 2048 + 6144

@@ -107,6 +107,19 @@ def test_the_colocated_layout_counts_what_the_learner_keeps_while_engines_sample
     assert "an engine needs" in problem and "beside what a learner rank keeps there" in problem
 
 
+def test_weights_that_are_set_aside_for_engines_are_counted_where_they_lie():
+    def held(way: str, *overrides: str, actor: str = "learner rank"):
+        usages = planned([of("4b")], f"rollout.weights={way}", *overrides).usages
+        return next(usage.memory for usage in usages if usage.actor == actor)
+
+    plain, engine = held("shared_memory"), held("shared_memory", actor="engine")
+    assert held("nccl").weights - plain.weights == held("gloo").host - plain.host == engine.weights > 0
+    assert held("sparse_nccl").weights - plain.weights == 2 * engine.weights and held("gloo").weights == plain.weights
+    shared = ("cluster.layout=colocated", "rollout.sleep_level=2", "rollout.engines=4", "rollout.kv_cache_gb=30")
+    turns = ("align.loop.max_staleness=0", "rlvr.loop.max_staleness=0")
+    assert held("ipc", *shared, *turns).weights == held("nccl").weights
+
+
 def test_a_judges_activations_are_those_of_a_whole_group():
     def held(*overrides: str) -> int:
         (rank,) = [u for u in planned([of("4b")], *overrides).usages if u.actor == "judge rank"]

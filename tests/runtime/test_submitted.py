@@ -1,8 +1,6 @@
 """What a job does otherwise when it was submitted to a cluster."""
 
-import importlib
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,18 @@ from prism_ray.config.collect import CollectSettings
 from prism_ray.config.load import load_config
 from prism_ray.config.run import RunSettings
 from prism_ray.config.runtime import ClusterSettings
+from prism_ray.config.serve import ServeJobSettings
 from prism_ray.runtime import cluster
-from prism_ray.runtime.submitted import HOME, JOB_CONFIG, STOP_WAIT, at_home, given_environment, short_grace
+from prism_ray.runtime.submitted import (
+    HOME,
+    JOB_CONFIG,
+    STOP_WAIT,
+    at_home,
+    found,
+    given_environment,
+    kept,
+    short_grace,
+)
 
 
 @pytest.fixture
@@ -39,6 +47,9 @@ def test_relative_paths_of_a_submitted_job_are_at_home_unless_they_came_along(su
     given = ["prompts=[data]", "output=/else/where", "teacher.url=http://localhost:8000/v1", "teacher.model=m"]
     collected = at_home(load_config(CollectSettings, None, given), output="output")
     assert collected.output == Path("/else/where") and collected.prompts == [Path("data")]
+    served = at_home(load_config(ServeJobSettings, None, ["checkpoint=data/judge", "tokens.file=data"]), output=None)
+    assert served.checkpoint == Path("/shared/home/data/judge") and served.tokens.file == Path("data")
+    assert kept(Path("data")) == Path("/shared/home/data") and found(Path("data")) == Path("data")
 
 
 def test_home_is_the_users_own_where_the_cluster_names_none(submitted, monkeypatch):
@@ -51,6 +62,7 @@ def test_nothing_moves_in_a_job_that_was_not_submitted(monkeypatch):
     monkeypatch.setenv(HOME, "/shared/home")
     settings = load_config(RunSettings, None, OVERRIDES)
     assert at_home(settings, output="runs") is settings
+    assert kept(Path("runs")) == found(Path("runs")) == Path("runs")
     assert short_grace(120.0) is None
 
 
@@ -85,33 +97,3 @@ def test_a_cluster_that_does_not_answer_is_a_sentence_and_no_hang(monkeypatch, p
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(cluster.ClusterError, match="unset both to run on this machine"):
         cluster.start(ClusterSettings(address="auto"))
-
-
-@pytest.fixture
-def quiet():
-    """Leaves the package's logger as it was: a job sends what it logs to files of its own."""
-    logger = logging.getLogger("prism_ray")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    for handler in logger.handlers:
-        handler.close()
-    logger.handlers[:], logger.level, logger.propagate = before
-
-
-@pytest.mark.parametrize(
-    ("job", "arguments"),
-    [
-        ("align", ["data.align=[nowhere.parquet]"]),
-        ("curate", ["policy=nowhere.parquet", "prompts=[nowhere.parquet]"]),
-        (
-            "collect",
-            ["--dry-run", "prompts=[nowhere.parquet]", "teacher.url=http://localhost:8000/v1", "teacher.model=m"],
-        ),
-    ],
-)
-def test_every_job_looks_for_relative_paths_at_home(submitted, monkeypatch, tmp_path, capsys, quiet, job, arguments):
-    monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    main = importlib.import_module(f"jobs.{job}").main
-    assert main(arguments) == 2
-    assert str(tmp_path / "home" / "nowhere.parquet") in capsys.readouterr().err
-    assert not any((tmp_path / "runs").iterdir()), "something was written into the copy"

@@ -157,9 +157,11 @@ def listening(folder) -> Callable[..., Any]:
         thread = threading.Thread(target=asyncio.run, args=(run(),))
         thread.start()
         endpoint, server = started.get(timeout=120)
-        yield endpoint
-        server.should_exit = True
-        thread.join(60)
+        try:
+            yield endpoint
+        finally:
+            server.should_exit = True
+            thread.join(60)
 
     return listen
 

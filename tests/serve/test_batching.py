@@ -103,6 +103,23 @@ def test_beyond_the_bound_jobs_are_turned_away_at_once_and_the_others_answered()
         assert (error.status, error.code) == (503, "overloaded") and error.retry_after and error.retry_after >= 1
 
 
+def test_a_job_that_would_be_late_by_the_rate_is_turned_away_at_once():
+    async def scenario(batcher, worker):
+        await _busy(batcher, worker)
+        batcher.tokens_per_s = 10.0
+        first = asyncio.create_task(batcher.submit(1, 20, FAR))
+        await asyncio.sleep(0)
+        with pytest.raises(EndpointError, match="for some 2.0 s") as caught:
+            await batcher.submit(2, 1, time.monotonic() + 1.5)
+        patient = asyncio.create_task(batcher.submit(3, 1, time.monotonic() + 60))
+        await asyncio.sleep(0)
+        worker.gate.set()
+        return caught.value, await first, await patient
+
+    (error, *results), worker, _ = _run(scenario)
+    assert error.code == "overloaded" and results == [2, 6] and 2 not in sum(worker.batches, [])
+
+
 def test_a_job_larger_than_the_bound_is_taken_when_nothing_waits():
     results, *_ = _run(lambda batcher, worker: batcher.submit(1, 1000, FAR))
     assert results == 2

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from prism_ray.serve.client import AsyncClient, Client, EndpointError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_client_asks_and_reads(endpoint, token, png, response, monkeypatch):
@@ -76,6 +81,27 @@ def test_the_hooks_of_other_trainers_get_the_reward_of_training(endpoint, token,
     own = AsyncClient(endpoint.url)
     assert asyncio.run(every()) == pytest.approx(rewards, rel=1e-4)
     client.close()
+
+
+def test_the_curl_lines_of_the_readme_are_answered(endpoint, token, png, tmp_path):
+    """As a shell reads them; they are sent from here, so that no curl is needed."""
+    [lines] = re.findall(r"```\n(curl .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "square.png").write_bytes(png())
+    shell = 'curl() { printf "%s\\0" "$@" end; }\n' + lines
+    said = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    asked = [call.strip("\0").split("\0") for call in said.split("\0end\0") if call]
+    assert len(asked) == 2
+    for silent, address, *options in asked:
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        headers = dict([given["-H"].split(": ")]) if "-H" in given else {}
+        answer = httpx.request(
+            "POST" if "-d" in given else "GET",
+            address.replace("localhost:8000", endpoint.url),
+            content=given.get("-d"),
+            headers=headers | {"Authorization": f"Bearer {token}"},
+        )
+        assert silent == "-s" and answer.status_code == 200, answer.text
+    assert [result["valid"] for result in answer.json()["results"]] == [True, False]
 
 
 def test_a_refusal_is_an_error_with_its_code_and_sentence(endpoint, token, response):

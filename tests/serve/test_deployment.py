@@ -22,7 +22,7 @@ from prism_ray.endpoint.client import AsyncClient, Client
 from prism_ray.endpoint.wire import MSGPACK, SCORE, ScoreAnswer, pack
 from prism_ray.records import Prompt
 from prism_ray.serve.auth import digest_of
-from prism_ray.serve.deployment import SCORER
+from prism_ray.serve.deployment import INGRESS, SCORER
 from prism_ray.serve.intake import Query
 from prism_ray.serve.scoring import Served, version_of
 
@@ -83,7 +83,11 @@ def checkpoint(folder, tmp_path_factory) -> Path:
 def url(cluster, checkpoint, port, token) -> Iterator[str]:
     args = SMALL | {"tokens": {"file": str(checkpoint.parent / "tokens")}}
     (checkpoint.parent / "tokens").write_text(f"tests {digest_of(token)}\n")
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        proxy_location="HeadOnly",
+        controller_options=parse(CONFIG.read_text())["controller_options"],
+    )
     deploy(config_with(args, checkpoint, port))
     url = f"http://127.0.0.1:{port}"
     until(lambda: is_ready(url), "the endpoint to be ready")
@@ -140,6 +144,7 @@ def test_overload_turns_requests_away_and_answers_the_others(url, token, questio
     assert len(turned_away) + sum(a.status_code == 200 for a in answers) == 60
     assert turned_away and len(turned_away) < 60
     assert all(a.json()["error"]["code"] == "overloaded" and int(a.headers["retry-after"]) >= 1 for a in turned_away)
+    assert any("x-request-id" not in a.headers for a in turned_away), "none by the proxy itself"
 
 
 def test_a_client_that_is_patient_gets_everything_under_overload(url, token, question):
@@ -155,9 +160,10 @@ def test_a_client_that_hangs_up_costs_nobody_anything(url, token, question):
         headers = {"Authorization": f"Bearer {token}", "Content-Type": MSGPACK}
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=0.02) as client:
             calls = [client.post(SCORE, content=pack(question)) for _ in range(12)]
-            assert all(
-                isinstance(e, httpx.TransportError) for e in await asyncio.gather(*calls, return_exceptions=True)
-            )
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            gone = [f for f in found if isinstance(f, httpx.TransportError)]
+            refused = [f for f in found if isinstance(f, httpx.Response) and f.status_code == 503]
+            assert gone and len(gone) + len(refused) == len(calls), "those that are one too many are told so at once"
 
     asyncio.run(hang_up())
     with Client(url, token) as client:
@@ -200,7 +206,7 @@ def test_new_weights_are_taken_up_without_a_dropped_request(url, token, question
 
 def test_a_scorer_that_dies_is_replaced(url, token, question, checkpoint, folder):
     shutil.copytree(folder, checkpoint, dirs_exist_ok=True)
-    dead = _scorers()
+    dead = _replicas(SCORER)
     for actor in dead:
         ray.kill(ray.get_actor(actor, namespace="serve"))
     answer = httpx.post(
@@ -210,10 +216,40 @@ def test_a_scorer_that_dies_is_replaced(url, token, question, checkpoint, folder
     assert answer.status_code in (200, 503)
     with Client(url, token) as client:
         assert client.score(**question).results[0].valid
-    assert not set(dead) & set(_scorers())
+    assert not set(dead) & set(_replicas(SCORER))
 
 
-def _scorers() -> list[str]:
-    """Names of the actors that hold the discriminator."""
+def test_an_ingress_that_dies_is_told_as_an_error_of_ours(url, token, question):
+    """Serve's proxy answers then, in plain text and with a traceback."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": MSGPACK}
+    answers = []
+    for actor in _replicas(INGRESS):
+        ray.kill(ray.get_actor(actor, namespace="serve"))
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        deadline = time.monotonic() + 60
+        while not answers or (answers[-1].status_code != 200 and time.monotonic() < deadline):
+            answers.append(client.post(SCORE, content=pack(question)))
+    assert answers[-1].status_code == 200
+    for answer in answers[:-1]:
+        assert answer.status_code == 503 and answer.json()["error"]["code"] in ("unavailable", "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1 and "Traceback" not in answer.text
+
+
+def test_more_requests_than_a_scorer_should_have_bring_up_another(url, token, question, folder, checkpoint, port):
+    before = set(_replicas(SCORER))
+    replicas = {"cpus": 0.2, "most": 2, "target_requests": 1, "upscale_delay_s": 0.1}
+    args = SMALL | {"tokens": {"file": str(checkpoint.parent / "tokens")}, "replicas": replicas}
+    deploy(config_with(args, folder, port))
+
+    async def ask() -> None:
+        async with AsyncClient(url, token) as client, asyncio.timeout(240):
+            while len(set(_replicas(SCORER)) - before) < 2:
+                await asyncio.gather(*(client.score(**question) for _ in range(6)))
+
+    asyncio.run(ask())
+
+
+def _replicas(deployment: str) -> list[str]:
+    """Names of the actors of a deployment."""
     every = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in every if f"#{SCORER}#" in actor["name"]]
+    return [actor["name"] for actor in every if f"#{deployment}#" in actor["name"]]

@@ -86,6 +86,40 @@ def test_a_replica_takes_so_many_requests_and_no_more(folder, query):
     assert len(refused) == 2 and {e.code for e in refused} == {"overloaded"}
 
 
+def test_nothing_is_encoded_for_who_cannot_be_answered(folder, query):
+    """Neither for a caller who hung up or whose time is over before its turn, nor where too much waits already."""
+
+    async def scenario(service):
+        encoded, reading, computing = [], threading.Event(), threading.Event()
+        cut, work = service._served.cut, service.batcher._work
+        service._served.cut = lambda q: (encoded.append(q.prompt.id), reading.wait(60), cut(q))[2]
+        service.batcher._work = lambda jobs: (computing.wait(60), work(jobs))[1]
+
+        async def until(condition):
+            async with asyncio.timeout(60):
+                while not condition():
+                    await asyncio.sleep(0.01)
+
+        first = asyncio.create_task(service.score(query(0), 60))
+        await until(lambda: encoded)
+        late, gone = (asyncio.create_task(service.score(query(i), left)) for i, left in ((1, 0.02), (2, 60)))
+        with pytest.raises(EndpointError, match="within the time"):
+            await late
+        gone.cancel()
+        reading.set()
+        await until(lambda: service.batcher._running and not service.batcher._queue)  # the first is being computed
+        second = asyncio.create_task(service.score(query(3), 60))
+        await until(lambda: service.batcher._queue)
+        with pytest.raises(EndpointError, match="tokens wait to be scored") as refused:
+            await service.score(query(4), 60)
+        computing.set()
+        await asyncio.gather(first, second)
+        return encoded, refused.value
+
+    encoded, refused = run(folder, scenario, queue={"waiting_tokens": 1})
+    assert encoded == ["p0", "p3"] and (refused.status, refused.code) == (503, "overloaded")
+
+
 def test_new_weights_take_over_while_requests_wait(folder, other_folder, query):
     """What waits together is answered by whom it was read for, never by the other."""
 
