@@ -46,7 +46,7 @@ def answers(order, start, stop):
 def bad(path, **needs):
     """Reason by place of what cannot be used."""
     order = RowOrder(find_fragments([path]), 0)
-    items = [item for p in order.pieces(0, order.rows) for _, item in read_prompts(p, Requirements(**needs))]
+    items = [item for p in order.pieces(0, order.rows) for *_, item in read_prompts(p, Requirements(**needs))]
     return {item.row: item.reason for item in items if isinstance(item, Quarantined)}
 
 
