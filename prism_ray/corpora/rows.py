@@ -73,7 +73,7 @@ def prompt_from_row(row: Mapping[str, Any] | BadRow, default_id: str = "", folde
     if markers != len(images):
         raise BadRow(f"prompt: {MARKER} markers and images differ in number", f"{markers} and {len(images)}")
     return Prompt(
-        id=_id(row, extra) or default_id,
+        id=text_of(row.get("id")) or text_of(extra.get("id")) or default_id,
         messages=messages,
         images=images,
         reference=_reference(row),
@@ -85,11 +85,7 @@ def prompt_from_row(row: Mapping[str, Any] | BadRow, default_id: str = "", folde
 
 def id_of(row: Mapping[str, Any]) -> str:
     """The id that a row has of its own, or "". Raises `BadRow` where it cannot be read."""
-    return _id(row, _extra(row.get("extra_info")))
-
-
-def _id(row: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    return text_of(row.get("id")) or text_of(extra.get("id"))
+    return text_of(row.get("id")) or text_of(_extra(row.get("extra_info")).get("id"))
 
 
 def _student(row: Mapping[str, Any]) -> dict[str, str]:
