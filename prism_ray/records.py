@@ -19,7 +19,9 @@ class Prompt:
     `messages` are chat turns `{"role": …, "content": str}`; each `<image>` in a content stands for the next of
     `images` (encoded bytes: PNG, JPEG, …). `reference` is the teacher's whole response ("" if there is none),
     `ground_truth` the verifiable answer ("" if there is none). `extra` is free, small and msgpack-able: a verifier
-    or an evaluation finds there what it needs (the testbed keeps the scene).
+    or an evaluation finds there what it needs (the testbed keeps the scene). `token_ids` are the messages in the
+    policy's tokens, one placeholder for each image, where somebody has tokenised them (() where nobody has);
+    `tokens_of` says what they were made of, so that nobody takes another's for his own (`models.encode`).
     """
 
     id: str
@@ -29,6 +31,8 @@ class Prompt:
     ground_truth: str = ""
     data_source: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+    tokens_of: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,6 +118,10 @@ class CollectSettings(Settings):
     only_agreeing: bool = False
     """Leave references whose answer is not the known one out of `references.parquet` (they stay in `answers.jsonl`).
     Off: all are there, and the column `agrees` tells."""
+    policy: Path | None = None
+    """Hugging Face folder of the policy that will learn from the references; only its processor is read. The teacher is
+    then shown images at the size at which that policy sees them: it cannot describe what the policy has no way to see,
+    and fewer image tokens are paid. Unset: images are shown as they are."""
     teacher: TeacherSettings
     """Who is asked."""
     asking: AskingSettings = AskingSettings()

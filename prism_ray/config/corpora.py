@@ -69,7 +69,8 @@ class CorporaSettings(Settings):
     block_mb: float = Field(default=4.0, gt=0)
     """Size of the blocks in which a reading task hands over its rows: small, so that the first come early."""
     timeout_s: float = Field(default=300.0, gt=0)
-    """Longest wait for the next prompts before the run fails and says what it waited for."""
+    """Longest wait for the next prompts before the run fails and says what it waited for. A run that goes on first
+    reads the ids of all rows before; of JSON with images inside that may take minutes."""
 
 
 def paths_of(sources: Sequence[Path | SourceSettings]) -> list[Path]:

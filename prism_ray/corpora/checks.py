@@ -30,9 +30,10 @@ class Requirements:
     `reference`: the teacher's response must be there and keep the format, and `refusal` of it, which says why it could
     not be judged, be ""; `ground_truth`: the answer must be there; `student`: the row must be a warm-up pair;
     `decode`: every image is decoded once to see that it can be (False where it is decoded anyway right after; size
-    and kind are then read from its header only); `count_tokens`: tokens of a prompt as the model will see it (or an
-    error that says why it cannot be encoded), held against `max_prompt_tokens`; `data_sources`: the accepted ones
-    (empty: any); `fit`: makes of a good prompt what is handed on, for instance with smaller images.
+    and kind are then read from its header only); `tokenise`: gives a prompt its token ids and says how many tokens it
+    is as the model will see it (or an error that says why it cannot be encoded), held against `max_prompt_tokens`;
+    `data_sources`: the accepted ones (empty: any); `unique`: of the rows of one id only the first is used; `fit`: makes
+    of a good prompt what is handed on, for instance with smaller images.
     """
 
     reference: bool = False
@@ -40,16 +41,18 @@ class Requirements:
     decode: bool = True
     max_image_pixels: int = 64_000_000
     max_images: int = 1_000
-    count_tokens: Callable[[Prompt], int] | None = None
+    tokenise: Callable[[Prompt], tuple[Prompt, int]] | None = None
     max_prompt_tokens: int = 0
     refusal: Callable[[str], str] | None = None
     data_sources: tuple[str, ...] = ()
     student: bool = False
+    unique: bool = True
     fit: Callable[[Prompt], Prompt] | None = None
 
 
-def check(prompt: Prompt, needs: Requirements) -> int:
-    """Raise `BadRow` if the prompt cannot be used; returns its tokens (0 where nobody counts them)."""
+def check(prompt: Prompt, needs: Requirements) -> tuple[Prompt, int]:
+    """Raise `BadRow` if the prompt cannot be used; returns it, with its token ids, and how many tokens it is (where
+    nobody tokenises it: as it came, and 0)."""
     if needs.data_sources and prompt.data_source not in needs.data_sources:
         raise BadRow("data_source: not one of corpora.data_sources", prompt.data_source[:80])
     if len(prompt.images) > needs.max_images:
@@ -62,7 +65,7 @@ def check(prompt: Prompt, needs: Requirements) -> int:
         raise BadRow("student_caption, student_cot: missing")
     if needs.ground_truth and not prompt.ground_truth.strip():
         raise BadRow("reward_model: no ground truth")
-    return 0 if needs.count_tokens is None else _check_length(prompt, needs.count_tokens, needs.max_prompt_tokens)
+    return (prompt, 0) if needs.tokenise is None else _tokenised(prompt, needs.tokenise, needs.max_prompt_tokens)
 
 
 def _check_image(index: int, data: bytes, needs: Requirements) -> None:
@@ -97,11 +100,11 @@ def _check_reference(reference: str, refusal: Callable[[str], str] | None) -> No
         raise BadRow("teacher_response: cannot be judged", why)
 
 
-def _check_length(prompt: Prompt, count_tokens: Callable[[Prompt], int], limit: int) -> int:
+def _tokenised(prompt: Prompt, tokenise: Callable[[Prompt], tuple[Prompt, int]], limit: int) -> tuple[Prompt, int]:
     try:
-        tokens = count_tokens(prompt)
+        prompt, tokens = tokenise(prompt)
     except ValueError as error:
         raise BadRow("prompt: cannot be encoded", str(error)) from error
     if tokens > limit:
         raise BadRow("prompt: too long", f"{tokens} tokens, the limit is {limit}")
-    return tokens
+    return prompt, tokens

@@ -55,13 +55,19 @@ class Tally:
 class Collector:
     """Asks a teacher for the answer to every prompt, and has the journal keep it.
 
-    `on_change` is called whenever a prompt is done that was not done before.
+    `on_change` is called whenever a prompt is done that was not done before; `shown` makes of a prompt what the teacher
+    sees of it (in a thread).
     """
 
     def __init__(
-        self, settings: CollectSettings, journal: Journal, teacher: Teacher, on_change: Callable[[], None]
+        self,
+        settings: CollectSettings,
+        journal: Journal,
+        teacher: Teacher,
+        on_change: Callable[[], None],
+        shown: Callable[[Prompt], Prompt],
     ) -> None:
-        self.tally = Tally()
+        self.tally, self._shown = Tally(), shown
         self._settings, self._journal, self._teacher, self._on_change = settings, journal, teacher, on_change
         self._pace, self._rng = Pace(settings.asking), random.Random()
         self._seen: set[str] = set()
@@ -138,13 +144,14 @@ class Collector:
     async def _asked(self, prompt: Prompt, key: str) -> _Outcome:
         """One request and what came of it."""
         about = estimate_tokens(prompt, self._settings)
+        shown = await asyncio.to_thread(self._shown, prompt)
         if (cost := await self._admitted(about)) is None:
             return _Outcome("over")
         number = self._journal.ask(key, prompt.id, cost)
         self._pace.sent(time.monotonic(), cost.input)
         try:
             fault = self._journal.state.faults.get(key, "")
-            answer = await self._teacher.ask(build_request(prompt, self._settings.teacher, fault))
+            answer = await self._teacher.ask(build_request(shown, self._settings.teacher, fault))
             return self._judged(number, answer, cost)
         except Unsent as error:
             self._journal.free(number, str(error))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -29,7 +30,7 @@ class Fragment:
 
     Of Parquet it is row group `group`, whose first row is row `first` of the file; of JSON it is the rows that begin in
     the bytes [first, stop). `rows` is None where nobody has counted yet. `source` says how its rows are to be
-    understood.
+    understood, `name` is what rows without an id are called by.
     """
 
     file: str
@@ -39,6 +40,7 @@ class Fragment:
     stop: int = 0
     format: Format = "parquet"
     source: SourceSettings = field(default=SourceSettings(path=Path()), compare=False)
+    name: str = field(default="", compare=False)
 
     @property
     def unit(self) -> Literal["row", "byte"]:
@@ -81,6 +83,17 @@ def find_files(sources: Sequence[Source]) -> list[tuple[str, Format, SourceSetti
     if not found:
         raise CorpusError("no corpus given; name at least one file")
     return found
+
+
+def short_names(files: Iterable[str]) -> dict[str, str]:
+    """What each file is called: its name without the ending, with as many folders before it as tell it from others."""
+    unnamed, names = {file: Path(file).with_suffix("").parts for file in files}, {}
+    for length in range(1, max(map(len, unnamed.values())) + 1):
+        tails = {file: parts[-length:] for file, parts in unnamed.items()}
+        times = Counter(tails.values())
+        names |= {file: "/".join(tail) for file, tail in tails.items() if times[tail] == 1}
+        unnamed = {file: parts for file, parts in unnamed.items() if file not in names}
+    return names | {file: file for file in unnamed}
 
 
 def _files(path: str, settings: SourceSettings) -> list[str]:

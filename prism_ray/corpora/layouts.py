@@ -46,6 +46,11 @@ def _place(name: str, source: SourceSettings) -> list[str]:
     return source.columns.get(name, name).split(".")
 
 
+def named(raw: Mapping[str, Any], columns: Iterable[str], source: SourceSettings) -> dict[str, Any]:
+    """These columns of a row, by our names."""
+    return {name: _found(raw, _place(name, source)) for name in columns}
+
+
 def published(raw: Mapping[str, Any], source: SourceSettings) -> dict[str, Any]:
     """A row with the published columns. Raises `BadRow`."""
     row = dict(raw)

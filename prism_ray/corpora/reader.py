@@ -23,17 +23,17 @@ import ray
 import ray.data
 
 from prism_ray.config.corpora import CorporaSettings, Format, SourceSettings
-from prism_ray.corpora.files import CorpusError, Fragment, Source, find_files
+from prism_ray.corpora.files import CorpusError, Fragment, Source, find_files, short_names
 from prism_ray.corpora.jsonlines import count_rows, json_fragments, json_rows
-from prism_ray.corpora.layouts import columns_to_read, missing, published
+from prism_ray.corpora.layouts import columns_to_read, missing, named, published
 from prism_ray.corpora.parquet import parquet_fragments, table_of
-from prism_ray.corpora.rows import COLUMNS, REQUIRED_COLUMNS, BadRow, prompt_from_row
+from prism_ray.corpora.rows import COLUMNS, ID_COLUMNS, REQUIRED_COLUMNS, BadRow, id_of, prompt_from_row
 from prism_ray.records import Prompt
 
 MAX_JSON_MB = CorporaSettings().max_json_mb
-FOLDER = "folder"
-UNIT = "unit"
-"""Where `read_piece` puts the folder that a row's image paths start in, and what its place in the file counts."""
+FOLDER, UNIT, NAME = "folder", "unit", "name"
+"""Where `read_piece` puts the folder that a row's image paths start in, what its place in the file counts, and what the
+file is called."""
 
 _TAKEN = 64
 """Rows that are made Python objects at once."""
@@ -59,9 +59,11 @@ def find_fragments(
 
     Raises `CorpusError` for a file that is missing, of another format, truncated, empty or without the named columns.
     """
+    found = find_files(sources)
+    names = short_names(file for file, _, _ in found)
     return [
-        fragment
-        for file, kind, source in find_files(sources)
+        replace(fragment, name=names[file])
+        for file, kind, source in found
         for fragment in _fragments(file, kind, source, tuple(columns), max_json_mb)
     ]
 
@@ -220,10 +222,21 @@ def _published(raw: dict[str, Any] | BadRow, fragment: Fragment) -> dict[str, An
     try:
         if isinstance(raw, BadRow):
             raise raw
-        return published(raw, fragment.source) | {FOLDER: fragment.folder, UNIT: fragment.unit}
+        about = {FOLDER: fragment.folder, UNIT: fragment.unit, NAME: fragment.name}
+        return published(raw, fragment.source) | about
     except BadRow as bad:
         bad.unit = fragment.unit
+        if isinstance(raw, dict):
+            bad.id = _id_of(raw, fragment)
         return bad
+
+
+def _id_of(raw: dict[str, Any], fragment: Fragment) -> str:
+    """The id of a row whose other columns cannot be read."""
+    try:
+        return id_of(named(raw, ID_COLUMNS, fragment.source))
+    except BadRow:
+        return ""
 
 
 def unit_of(row: dict[str, Any] | BadRow) -> str:
@@ -233,8 +246,8 @@ def unit_of(row: dict[str, Any] | BadRow) -> str:
 
 def prompt_at(file: str, place: int, row: dict[str, Any] | BadRow) -> Prompt:
     """The prompt of a row that `read_piece` gave. Raises `BadRow`."""
-    folder = None if isinstance(row, BadRow) else row.get(FOLDER)
-    return prompt_from_row(row, default_id=f"{Path(file).stem}:{place}", folder=folder)
+    about = {} if isinstance(row, BadRow) else row
+    return prompt_from_row(row, f"{about.get(NAME) or Path(file).stem}:{place}", about.get(FOLDER))
 
 
 def prepared(

@@ -34,6 +34,8 @@ COLUMNS = (
     "extra_info",
 )
 """The columns that a prompt is made of."""
+ID_COLUMNS = ("id", "extra_info")
+"""The columns that a row's id is read from."""
 STUDENT = "student_response"
 """Where `Prompt.extra` keeps the student's side of a warm-up pair."""
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -44,9 +46,11 @@ MARKER = "<image>"
 
 class BadRow(ValueError):
     """A row that cannot be used. `reason` names the column and what is wrong with it, and is short, so that rows can
-    be counted by it; `detail` is what is particular to this row, `unit` what its place in the file counts."""
+    be counted by it; `detail` is what is particular to this row, `unit` what its place in the file counts, `id` what
+    the row calls itself ("": nothing that can be read)."""
 
     unit = "row"
+    id = ""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -77,6 +81,11 @@ def prompt_from_row(row: Mapping[str, Any] | BadRow, default_id: str = "", folde
         data_source=text_of(row.get("data_source")),
         extra=extra | _equivalents(row) | _student(row),
     )
+
+
+def id_of(row: Mapping[str, Any]) -> str:
+    """The id that a row has of its own, or "". Raises `BadRow` where it cannot be read."""
+    return text_of(row.get("id")) or text_of(_extra(row.get("extra_info")).get("id"))
 
 
 def _student(row: Mapping[str, Any]) -> dict[str, str]:

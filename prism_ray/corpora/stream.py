@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray.exceptions import RayActorError
@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.files import Source, names_of
+from prism_ray.corpora.identity import Ids, id_said, refuse_twice
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, prompt_at, read_piece, reading_error
 from prism_ray.corpora.rows import BadRow
@@ -38,16 +39,34 @@ HEALTH_S = 30.0
 log = logging.getLogger(__name__)
 
 
-def read_prompts(piece: Piece, needs: Requirements) -> Iterator[tuple[int, Prompt | Quarantined]]:
-    """The prompts of a piece with their positions; rows that cannot be used come as what goes into quarantine."""
-    file = piece.fragment.file
+class Read(NamedTuple):
+    """A row that was read: its position in the stream, where it lies, the id it says ("": none), and the prompt, or
+    what goes into quarantine."""
+
+    position: int
+    file: str
+    row: int
+    unit: str
+    id: str
+    item: Prompt | Quarantined
+
+    def among(self, ids: Ids) -> Prompt | Quarantined:
+        """The item, unless another row has its id already, which is noted in `ids`: then what goes into quarantine."""
+        again = ids.again(self.id, self.file, self.row, self.unit)
+        return self.item if again is None or isinstance(self.item, Quarantined) else again
+
+
+def read_prompts(piece: Piece, needs: Requirements) -> Iterator[Read]:
+    """The prompts of a piece; ids are not compared."""
+    fragment = piece.fragment
     for position, row, columns in read_piece(piece):
+        item: Prompt | Quarantined
         try:
-            prompt = prompt_at(file, row, columns)
-            check(prompt, needs)
-            yield position, prompt if needs.fit is None else needs.fit(prompt)
+            item, _ = check(prompt_at(fragment.file, row, columns), needs)
+            item = item if needs.fit is None else needs.fit(item)
         except BadRow as bad:
-            yield position, Quarantined(file, row, bad.reason, bad.detail, piece.fragment.unit)
+            item = Quarantined(fragment.file, row, bad.reason, bad.detail, fragment.unit)
+        yield Read(position, fragment.file, row, fragment.unit, id_said(columns), item)
 
 
 @dataclass(frozen=True)
@@ -59,8 +78,9 @@ class _Reading:
 
     def __call__(self, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for piece in self.order.pieces(task["start"], task["stop"]):
-            for position, item in read_prompts(piece, self.needs):
-                yield {"position": position, "item": pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)}
+            for read in read_prompts(piece, self.needs):
+                item = pickle.dumps(read.item, protocol=pickle.HIGHEST_PROTOCOL)
+                yield read._asdict() | {"item": item}
 
 
 class PromptReader:
@@ -75,7 +95,8 @@ class PromptReader:
         self._bad = Quarantine(name, order.about, settings.max_bad_share)
         self._quarantine = quarantine
         self._position = -1
-        self._rows: Iterator[tuple[int, Prompt | Quarantined]] = iter(())
+        self._rows: Iterator[Read] = iter(())
+        self._ids = Ids()
 
     @ray.method(concurrency_group="health")
     def alive(self) -> None:
@@ -90,13 +111,14 @@ class PromptReader:
         places: list[tuple[str, int]] = []
         known = len(self._bad)
         try:
-            for place, item in self._rows:
-                self._position = place + 1
+            for read in self._rows:
+                self._position = read.position + 1
+                item = read.among(self._ids) if self._needs.unique else read.item
                 if isinstance(item, Quarantined):
                     self._bad.add([item])
                     continue
                 prompts.append(item)
-                places.append((item.id, place))
+                places.append((item.id, read.position))
                 if len(prompts) == count:
                     break
         except Exception as error:
@@ -107,10 +129,14 @@ class PromptReader:
                 self._bad.write(self._quarantine)
         return (os.getpid(), places, self._bad.summary() if len(self._bad) else ""), *prompts
 
-    def _read(self, position: int) -> Iterator[tuple[int, Prompt | Quarantined]]:
-        """Endless."""
+    def _read(self, position: int) -> Iterator[Read]:
+        """Endless. Of what came before only the ids are read, those of the first epoch: whichever row had an id first
+        there is the one that has it in all epochs."""
+        self._ids = Ids()
+        if self._needs.unique:
+            self._ids.read(self._order.pieces(0, self._order.first(position)))
         for row in prepared(self._tasks(position), _Reading(self._order, self._needs), self._settings):
-            yield row["position"], pickle.loads(row["item"])
+            yield Read(**row | {"item": pickle.loads(row["item"])})
 
     def _tasks(self, position: int) -> Iterator[dict[str, int]]:
         for start in count(position, self._settings.rows_per_task):
@@ -124,9 +150,9 @@ class PromptStream:
 
     Endless, epoch after epoch, in an order that depends on the files and `seed` alone. `position` is the place of the
     next row (epoch times rows of the corpus plus row); a stream made with it yields exactly what remained. Rows that
-    cannot be used are skipped, written to `quarantine` and counted (`shutdown` logs how many, by reason); too many of
-    them, or a damaged file, make `take` raise `CorpusError`. Files are looked at (footers only) when the stream is
-    made, so that a missing one fails early.
+    cannot be used, and (`needs.unique`) those with the id of another before them, are skipped, written to `quarantine`
+    and counted (`shutdown` logs how many, by reason); too many of them, or a damaged file, make `take` raise
+    `CorpusError`. Files are looked at (footers only) when the stream is made, so that a missing one fails early.
     """
 
     def __init__(
@@ -138,7 +164,10 @@ class PromptStream:
         position: int = 0,
         quarantine: Path | None = None,
     ) -> None:
-        self.order = RowOrder(find_fragments(sources, max_json_mb=settings.max_json_mb), seed)
+        fragments = find_fragments(sources, max_json_mb=settings.max_json_mb)
+        if needs.unique:
+            refuse_twice(fragments)
+        self.order = RowOrder(fragments, seed)
         self.position = position
         self._requested = position
         self._chunk = max(1, settings.look_ahead // 2)  # one half is handed out while the other is read

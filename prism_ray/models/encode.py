@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from prism_ray.models.tokens import made_of, writer_of
 from prism_ray.models.turns import LaterImages, collapsed, continuation
 from prism_ray.records import Prompt, Rollout
 from prism_ray.response import piece_table
@@ -74,7 +75,9 @@ class EncodedPrompt:
 class Encoder:
     """Tokenises prompts and responses for the model in `folder` (a Hugging Face folder with its processor).
 
-    A prompt of more than `max_prompt_tokens` tokens (placeholders expanded) raises `PromptTooLong`.
+    A prompt of more than `max_prompt_tokens` tokens (placeholders expanded) raises `PromptTooLong`. Token ids that came
+    with a prompt are taken as they are if they are of its messages and of this folder's tokenizer and template, whose
+    digest is `writer`; else they are computed.
     """
 
     def __init__(self, folder: str | Path, max_prompt_tokens: int) -> None:
@@ -83,6 +86,7 @@ class Encoder:
         config = AutoConfig.from_pretrained(folder)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.tokenizer: Any = self.processor.tokenizer
+        self.writer = writer_of(folder)
         self.max_prompt_tokens = max_prompt_tokens
         self._image_token: str = self.processor.image_token
         self._image_id: int = config.image_token_id
@@ -109,6 +113,11 @@ class Encoder:
             encoded.append(self._assemble(prompt, ids, patches[first:last], grids[first:last]))
             first = last
         return encoded
+
+    def tokenised(self, prompt: Prompt) -> Prompt:
+        """The prompt with its token ids, for every encoder of the same tokenizer and template."""
+        ids = tuple(self._checked_ids(prompt))
+        return replace(prompt, token_ids=ids, tokens_of=made_of(self.writer, prompt.messages))
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, placeholders expanded: as many as `prompt` gives, from the images' sizes alone."""
@@ -187,14 +196,18 @@ class Encoder:
 
     def _checked_ids(self, prompt: Prompt) -> list[int]:
         """Token ids with one placeholder for each image."""
-        least = sum(len(m["content"]) for m in prompt.messages) // self._token_characters
-        if least > self.max_prompt_tokens:  # tokenising megabytes takes seconds
-            raise self._too_long(prompt, least)
-        text = self._rendered(prompt.messages)
-        ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], prompt.id, len(prompt.images))
+        known = prompt.token_ids and prompt.tokens_of == made_of(self.writer, prompt.messages)
+        ids = list(prompt.token_ids) if known else self._computed_ids(prompt)
+        self._checked(ids, prompt.id, len(prompt.images))
         if len(ids) > self.max_prompt_tokens:
             raise self._too_long(prompt, len(ids))
         return ids
+
+    def _computed_ids(self, prompt: Prompt) -> list[int]:
+        least = sum(len(m["content"]) for m in prompt.messages) // self._token_characters
+        if least > self.max_prompt_tokens:  # tokenising megabytes takes seconds
+            raise self._too_long(prompt, least)
+        return self.tokenizer(self._rendered(prompt.messages), add_special_tokens=False)["input_ids"]
 
     def _checked(self, ids: list[int], prompt_id: str, images: int) -> list[int]:
         markers = ids.count(self._image_id)

@@ -32,6 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.models.encode import Encoder
+from prism_ray.models.tokens import writer_of
 from prism_ray.records import Prompt, Rollout
 from prism_ray.rollout.partial import UNFINISHED, Piece, joined, nothing
 from prism_ray.rollout.process import environment
@@ -144,9 +145,12 @@ class Engine:
         return await self._transfer(lambda: self._take_offered(link, updates), version)
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
-        """Go on with the weights of a checkpoint folder of the same architecture as `version`."""
+        """Go on with the weights of a checkpoint folder of the same architecture as `version`; also with its chat
+        template, where that is another."""
         found = files.checkpoint_files(folder)
         files.check_complete(files.shapes_in(found), self._shapes, str(folder))
+        if writer_of(folder) != self._encoder.writer:
+            self._encoder = await asyncio.to_thread(Encoder, folder, self._settings.max_prompt_tokens)
         return await self._transfer(lambda: self._take_files(found), version)
 
     async def sleep(self) -> None:

@@ -134,7 +134,10 @@ class RolloutPool(Dispatching):
 
     async def load(self, folder: str | Path, version: int) -> dict[str, float]:
         """Like `publish`, from a checkpoint folder of the same architecture: how another stage takes over the pool."""
-        return await self._spread(Weights(version, folder=Path(folder).absolute()))
+        folder = Path(folder).absolute()
+        metrics = await self._spread(Weights(version, folder=folder))
+        self._folder = folder  # whoever takes a lost engine's place gets its chat template, too
+        return metrics
 
     async def sleep(self) -> None:
         """Let all engines, which must have nothing to do, give the memory of their GPUs back until they are given new

@@ -10,17 +10,18 @@ import asyncio
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prism_ray.config.evaluation import EvaluationSettings
-from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.curation import RIGHT, pass_at_k
 from prism_ray.corpora.files import Source, path_of
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.stream import PromptStream
+from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.load import check_policy
 from prism_ray.planning import layout
 from prism_ray.records import Group, Prompt, Ticket, Verdict
@@ -33,9 +34,8 @@ from prism_ray.rollout.sampling import Sampling
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.supervision import fetch
-from prism_ray.stages.batches import made_alike, next_batch, until_signal, verdicts_of
+from prism_ray.stages.batches import made_alike, needs_of, next_batch, until_signal, verdicts_of
 from prism_ray.stages.evaluate import load_truth
-from prism_ray.stages.session import TokenCounter
 from prism_ray.verify.pool import VerifierPool, make_environment
 
 SAMPLES, RESULT, _STAMP = "samples.jsonl", "evaluation.json", "assessment.json"
@@ -163,14 +163,8 @@ def _stats(files: Sequence[Path]) -> list[Any]:
 
 async def _sample_all(settings: EvaluationSettings, first: int, wanted: int) -> None:
     """Sample and judge from the first missing position on."""
-    limit = settings.rollout.max_prompt_tokens
-    needs = Requirements(
-        ground_truth=True,
-        max_image_pixels=settings.corpora.max_image_pixels,
-        max_images=settings.rollout.max_images,
-        count_tokens=TokenCounter(settings.checkpoint, limit),
-        max_prompt_tokens=limit,
-    )
+    tokens = TokenCounter(settings.checkpoint, settings.rollout.max_prompt_tokens)
+    needs = replace(needs_of(tokens, settings.rollout, settings.corpora), ground_truth=True)
     quarantine = settings.output / "quarantine.parquet"
     stream = PromptStream(corpus_of(settings), needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})

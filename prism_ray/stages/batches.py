@@ -1,5 +1,5 @@
-"""What jobs have in common that judge rollouts: what shapes their verdicts, and, where they go through a corpus once,
-batches of prompts and an end that saves the state."""
+"""What jobs have in common that judge rollouts: what their prompts must have, what shapes their verdicts, and, where
+they go through a corpus once, batches of prompts and an end that saves the state."""
 
 from __future__ import annotations
 
@@ -10,11 +10,27 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.verify import VerifySettings
+from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.stream import PromptStream
+from prism_ray.models.ahead import TokenCounter
 
 CLEANING_S = 30.0
 """Longest wait for engines to end after a signal; what is not noted by then is done again."""
+
+
+def needs_of(tokens: TokenCounter, rollout: RolloutSettings, corpora: CorporaSettings) -> Requirements:
+    """What every prompt must have that is sampled; `tokens` are of the policy that samples."""
+    return Requirements(
+        max_image_pixels=corpora.max_image_pixels,
+        max_images=rollout.max_images,
+        tokenise=tokens,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        data_sources=tuple(corpora.data_sources),
+        fit=tokens.fitted,
+    )
 
 
 def verdicts_of(verify: VerifySettings) -> list[Any]:

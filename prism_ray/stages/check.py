@@ -1,6 +1,6 @@
 """A look at all corpora of a run before it starts: every row is checked as the run would check it, and described.
 
-Nothing is trained or sampled. Memory grows by about 160 bytes a row (what finds rows that say the same), whatever the
+Nothing is trained or sampled. Memory grows by about 180 bytes a row (what finds rows that say the same), whatever the
 rows weigh.
 """
 
@@ -20,16 +20,19 @@ from prism_ray.config.run import RunSettings
 from prism_ray.corpora.census import facts_of
 from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.files import CorpusError, Fragment, Source, names_of
+from prism_ray.corpora.identity import Ids, id_said, refuse_twice
 from prism_ray.corpora.portrait import Portrait, Row, overlap
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import Piece, find_fragments, prepared, prompt_at, read_piece, reading_error, rows_of
 from prism_ray.corpora.rows import BadRow
+from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.tiny import build_tiny
 from prism_ray.report.progress import Progress
 from prism_ray.stages.evaluate import UNSEEN
 from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.served import columns_for
-from prism_ray.stages.session import TokenCounter, requirements
+from prism_ray.stages.session import requirements
+from prism_ray.stages.supervised_tasks import ResponseTask
 from prism_ray.testbed.words import vocabulary
 
 FOLDER = "check"
@@ -54,12 +57,12 @@ class Inspection:
             piece = Piece(fragment, np.arange(rows_of(fragment)), 0)
             for _, place, row in read_piece(piece):
                 item = pickle.dumps(self._item(fragment, place, row), protocol=pickle.HIGHEST_PROTOCOL)
-                yield {"fragment": index, "place": place, "item": item}
+                yield {"fragment": index, "place": place, "id": id_said(row), "item": item}
 
     def _item(self, fragment: Fragment, place: int, row: dict[str, Any] | BadRow) -> Row | Quarantined:
         try:
             prompt = prompt_at(fragment.file, place, row)
-            tokens = check(prompt, self.needs)
+            _, tokens = check(prompt, self.needs)
             length = len(self.tokens.encoder.response(prompt.reference)) if prompt.reference else 0
             if self.max_response_tokens is not None and length > self.max_response_tokens:
                 raise BadRow("teacher_response: too long", f"{length} tokens, the limit is {self.max_response_tokens}")
@@ -114,12 +117,16 @@ def _portrait(name: str, sources: Sequence[Source], settings: RunSettings, polic
 
 def _read(corpus: Portrait, settings: RunSettings, policy: Path) -> None:
     needs, longest = _needs(settings, corpus.name, policy)
+    if needs.unique:
+        refuse_twice(corpus.fragments)
     work = Inspection(corpus.fragments, needs, TokenCounter(policy, needs.max_prompt_tokens), longest)
-    tasks = _tasks(corpus.fragments, settings.corpora.rows_per_task)
+    tasks, ids = _tasks(corpus.fragments, settings.corpora.rows_per_task), Ids()
     with Progress(f"check {corpus.name}", len(corpus.fragments)) as progress:
         try:
             for made in prepared(tasks, work, settings.corpora):
-                corpus.take(made["fragment"], made["place"], pickle.loads(made["item"]))
+                item, fragment = pickle.loads(made["item"]), corpus.fragments[made["fragment"]]
+                again = ids.again(made["id"], fragment.file, made["place"], fragment.unit) if needs.unique else None
+                corpus.take(made["fragment"], made["place"], again if again and isinstance(item, Row) else item)
                 if corpus.rows % 1000 == 0:
                     progress.update(made["fragment"], rows=corpus.rows, bad=len(corpus.bad))
         except Exception as error:
@@ -131,11 +138,10 @@ def _needs(settings: RunSettings, name: str, policy: Path) -> tuple[Requirements
     if name != "sft":
         judged = name in ("rlvr", *HELD_OUT)
         needs = requirements(settings, policy, reference=not judged, ground_truth=judged)
-        return replace(needs, student=name == "warmup"), None
-    limit = settings.trainer.max_prompt_tokens
-    needs = requirements(settings, policy, reference=True)
-    needs = replace(needs, refusal=None, count_tokens=TokenCounter(policy, limit), max_prompt_tokens=limit)
-    return needs, settings.trainer.max_response_tokens
+        return replace(needs, student=name == "warmup", unique=name != "warmup"), None
+    trainer = settings.trainer
+    limits = (trainer.max_prompt_tokens, trainer.max_response_tokens, settings.corpora.max_image_pixels)
+    return ResponseTask(str(policy), *limits).needs, trainer.max_response_tokens
 
 
 def _tasks(fragments: Sequence[Fragment], rows: int) -> Iterator[dict[str, int]]:

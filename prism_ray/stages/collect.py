@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from prism_ray.corpora.collect_client import Secret, Teacher
 from prism_ray.corpora.collect_journal import FILE, CollectError, Journal, State, Tokens, replay
 from prism_ray.corpora.collect_request import estimate_tokens, key_of
 from prism_ray.corpora.files import names_of
+from prism_ray.corpora.identity import Ids
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import Piece, counted, find_fragments, rows_of
 from prism_ray.corpora.references import row_of, writing
@@ -53,13 +55,17 @@ class Prompts:
         self.quarantine = Quarantine(names_of(settings.prompts), rows, settings.corpora.max_bad_share)
 
     def read(self, decode: bool) -> Iterator[Prompt]:
-        """Every usable prompt; `decode` looks at the images as a whole. CorpusError where too many are unusable."""
-        needs = Requirements(decode=decode, max_image_pixels=self._settings.corpora.max_image_pixels)
-        position = 0
+        """Every usable prompt, and of an id only the first (no run would train on the others); `decode` looks at the
+        images as a whole. CorpusError where too many are unusable."""
+        corpora = self._settings.corpora
+        sources = tuple(corpora.data_sources)
+        needs = Requirements(decode=decode, max_image_pixels=corpora.max_image_pixels, data_sources=sources)
+        position, ids = 0, Ids()
         for fragment in self._fragments:
             rows = rows_of(fragment)
             piece = Piece(fragment, np.arange(min(rows, self.rows - position)), position)
-            for _, item in read_prompts(piece, needs):
+            for read in read_prompts(piece, needs):
+                item = read.among(ids)
                 if isinstance(item, Quarantined):
                     self.quarantine.add([item])
                 else:
@@ -124,11 +130,11 @@ def collect(settings: CollectSettings) -> dict[str, Any]:
 
     Raises CollectError or CorpusError where nothing can be asked.
     """
-    secret = Secret(settings.teacher.key_variable)
+    secret, shown = Secret(settings.teacher.key_variable), _shown_for(settings.policy)
     prompts, journal = Prompts(settings), Journal(settings.output)
     try:
         _same_teacher(settings)
-        tally, status, reason = asyncio.run(_ask_all(settings, prompts, journal, secret))
+        tally, status, reason = asyncio.run(_ask_all(settings, prompts, journal, secret, shown))
         agreement = {} if status == "interrupted" else write_references(settings, journal)
         summary = _summary(settings, tally, journal.state, prompts)
         summary = {"status": status, "reason": reason, **summary, "agreement": agreement}
@@ -139,12 +145,12 @@ def collect(settings: CollectSettings) -> dict[str, Any]:
 
 
 async def _ask_all(
-    settings: CollectSettings, prompts: Prompts, journal: Journal, secret: Secret
+    settings: CollectSettings, prompts: Prompts, journal: Journal, secret: Secret, shown: Callable[[Prompt], Prompt]
 ) -> tuple[Tally, str, str]:
     """Ask for everything that is missing; what became of the prompts, the run's status and what stopped it."""
     teacher = Teacher(settings, secret)
     progress = Progress("collect", prompts.rows)
-    collector = Collector(settings, journal, teacher, lambda: progress.update(done(), **numbers()))
+    collector = Collector(settings, journal, teacher, lambda: progress.update(done(), **numbers()), shown)
     began, before, interrupted = time.monotonic(), journal.state.paid_answers, False
 
     def done() -> int:
@@ -181,6 +187,18 @@ async def _ask_all(
             loop.remove_signal_handler(number)
         await teacher.close()
     return collector.tally, "interrupted" if interrupted else "completed", ""
+
+
+def _shown_for(policy: Path | None) -> Callable[[Prompt], Prompt]:
+    """What makes of a prompt what the teacher sees of it. Raises CollectError where the policy has no processor."""
+    if policy is None:
+        return lambda prompt: prompt
+    from prism_ray.models.encode import Encoder  # takes seconds to import, and most collections can do without
+
+    try:
+        return Encoder(policy, sys.maxsize).fitted
+    except (OSError, ValueError) as error:
+        raise CollectError(f"policy: {error}") from error
 
 
 def write_references(settings: CollectSettings, journal: Journal) -> dict[str, int]:

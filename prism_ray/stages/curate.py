@@ -14,7 +14,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import PromptStream, read_prompts
+from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.load import check_policy
 from prism_ray.planning import layout
 from prism_ray.records import Group, Prompt
@@ -40,8 +41,7 @@ from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.runtime.supervision import fetch
-from prism_ray.stages.batches import made_alike, next_batch, until_signal, verdicts_of
-from prism_ray.stages.session import TokenCounter
+from prism_ray.stages.batches import made_alike, needs_of, next_batch, until_signal, verdicts_of
 from prism_ray.verify.pool import VerifierPool, make_environment
 
 log = logging.getLogger(__name__)
@@ -139,14 +139,9 @@ class Parts:
 
 async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> None:
     """Sample and judge from the first missing position on."""
-    first, limit = parts.next, settings.rollout.max_prompt_tokens
-    needs = Requirements(
-        ground_truth=True,
-        max_image_pixels=settings.corpora.max_image_pixels,
-        max_images=settings.rollout.max_images,
-        count_tokens=TokenCounter(settings.policy, limit),
-        max_prompt_tokens=limit,
-    )
+    first = parts.next
+    tokens = TokenCounter(settings.policy, settings.rollout.max_prompt_tokens)
+    needs = replace(needs_of(tokens, settings.rollout, settings.corpora), ground_truth=True)
     quarantine = settings.output / "quarantine.parquet"
     stream = PromptStream(settings.prompts, needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})
@@ -277,9 +272,9 @@ def _prompts(settings: CurateSettings, order: RowOrder, wanted: int) -> Iterator
     """Prompts with their positions, in order; what was put into quarantine while sampling is passed over."""
     needs = Requirements(ground_truth=True, decode=False, max_image_pixels=settings.corpora.max_image_pixels)
     for piece in order.pieces(0, wanted):
-        for position, item in read_prompts(piece, needs):
-            if not isinstance(item, Quarantined):
-                yield position, item
+        for read in read_prompts(piece, needs):
+            if not isinstance(read.item, Quarantined):
+                yield read.position, read.item
 
 
 def _write_statistics(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,8 @@ from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.files import Source
 from prism_ray.discriminator.group import JudgePlaces
 from prism_ray.discriminator.segments import refusal
-from prism_ray.models.encode import Encoder, PromptTooLong
+from prism_ray.models.ahead import TokenCounter
 from prism_ray.planning.layout import JUDGE_RANKS, LEARNER, SCORERS, engines, judge, learner, scorer, whole_run
-from prism_ray.records import Prompt
 from prism_ray.report.incidents import IncidentLog
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
@@ -26,6 +25,7 @@ from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime.elastic import Elastic, Following
 from prism_ray.runtime.gauges import RayMetrics, endpoints
 from prism_ray.runtime.placement import EnginePlaces, Placement
+from prism_ray.stages.batches import needs_of
 
 T = TypeVar("T")
 
@@ -173,46 +173,13 @@ def requirements(
     settings: RunSettings, policy: Path, *, reference: bool = False, ground_truth: bool = False
 ) -> Requirements:
     """What a prompt of a run's loops must have to be used with this policy."""
-    limit = settings.rollout.max_prompt_tokens
-    count = TokenCounter(policy, limit)
-    return Requirements(
-        reference,
-        ground_truth,
-        max_image_pixels=settings.corpora.max_image_pixels,
-        max_images=settings.rollout.max_images,
-        count_tokens=count,
-        max_prompt_tokens=limit,
-        refusal=Refusal(count, settings.discriminator) if reference else None,
-        data_sources=tuple(settings.corpora.data_sources),
-        fit=count.fitted,
+    tokens = TokenCounter(policy, settings.rollout.max_prompt_tokens)
+    return replace(
+        needs_of(tokens, settings.rollout, settings.corpora),
+        reference=reference,
+        ground_truth=ground_truth,
+        refusal=Refusal(tokens, settings.discriminator) if reference else None,
     )
-
-
-class TokenCounter:
-    """Length of a prompt in the policy's tokens, for Ray Data's workers: the encoder is loaded where it is used."""
-
-    def __init__(self, policy: Path, limit: int):
-        self._policy, self._limit = policy, limit
-        self._encoder: Encoder | None = None
-
-    def __call__(self, prompt: Prompt) -> int:
-        try:
-            return self.encoder.length(prompt)
-        except PromptTooLong as error:
-            return error.tokens
-
-    def fitted(self, prompt: Prompt) -> Prompt:
-        """The prompt with its images at the size that the policy sees them at."""
-        return self.encoder.fitted(prompt)
-
-    @property
-    def encoder(self) -> Encoder:
-        if self._encoder is None:
-            self._encoder = Encoder(self._policy, self._limit)
-        return self._encoder
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_policy": self._policy, "_limit": self._limit, "_encoder": None}
 
 
 @dataclass(frozen=True)

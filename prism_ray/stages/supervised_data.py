@@ -49,13 +49,14 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Portion:
-    """A rank's part of one step: `micro` batches, the `size` of their loss in terms, and rows that were `bad`.
+    """A rank's part of one step: the samples of its `micro` batches, the `size` of their loss in terms, and rows that
+    were `bad`.
 
     A bad row's place is taken by a good one before it, so ranks have equally many micro-batches. Bad rows are named
     in the first epoch only.
     """
 
-    micro: list[Any]
+    micro: list[list[Any]]
     size: int
     bad: list[Quarantined]
 
@@ -86,6 +87,7 @@ class Shard:
 
     def _prepare(self, task: dict[str, int]) -> Iterator[dict[str, Any]]:
         """Runs in Ray Data's workers."""
+        torch.set_num_threads(1)
         course = self.courses[task["phase"]]
         spare: Any = None
         for step in range(task["first"], task["last"]):
@@ -104,7 +106,7 @@ class Shard:
     def _portion(self, task: Task, samples: list[Any], bad: list[Quarantined]) -> Portion:
         samples.sort(key=task.size)
         cuts = range(0, len(samples), self.micro_batch)
-        micro = [task.collate(samples[i : i + self.micro_batch]) for i in cuts]
+        micro = [samples[i : i + self.micro_batch] for i in cuts]
         return Portion(micro, sum(map(task.size, samples)), bad)
 
 

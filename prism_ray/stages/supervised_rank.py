@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from prism_ray.models.adapters import freeze
 from prism_ray.models.load import load_policy, save_weights
 from prism_ray.stages.supervised_data import Job, Portion, Shard, overall
 from prism_ray.stages.supervised_entry import ask_inbox
+from prism_ray.stages.supervised_tasks import Task
 
 ENGINE = "engine"
 STATE = "state.json"
@@ -63,6 +65,7 @@ class Rank:
         self.stop, self.heard = False, time.monotonic()
         self.engine = self._engine(0)
         self.meter = _Meter()
+        self.maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def run(self) -> None:
         """Every remaining step, then the export; or, where all ranks shall stop, a checkpoint."""
@@ -135,12 +138,27 @@ class Rank:
 
     def _train(self, portion: Portion) -> None:
         """One optimiser step; the loss is the mean over the terms of the whole batch, over all ranks."""
-        loss_of = self.job.courses[self.phase].task.loss
-        for micro in portion.micro:
-            loss, sums = self.engine.run(loss_of, micro.to(self.engine.device))
+        task = self.job.courses[self.phase].task
+        for batch in self._batches(task, portion.micro):
+            loss, sums = self.engine.run(task.loss, batch.to(self.engine.device))
             self.engine.backward(loss / self.terms)
             self.meter.add({"loss": loss} | sums)
         self.meter.step(self.engine.step(), portion)
+
+    def _batches(self, task: Task, micro: list[list[Any]]) -> Iterator[Any]:
+        """The micro-batches as tensors, each made (images are decoded only here) while the one before is learned."""
+        coming = self.maker.submit(task.collate, micro[0])
+        for following in micro[1:]:
+            batch, coming = self._waited(coming), self.maker.submit(task.collate, following)
+            yield batch
+        yield self._waited(coming)
+
+    def _waited(self, coming: Future[Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return coming.result()
+        finally:
+            self.meter.waited += time.perf_counter() - started
 
     def _after_step(self) -> None:
         settings, course = self.job.settings, self.job.courses[self.phase]

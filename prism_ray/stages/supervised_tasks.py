@@ -1,16 +1,18 @@
 """What a supervised phase learns: responses (cross-entropy on response tokens), or the cells of the testbed's images.
 
-A task has two halves: rows become samples in Ray Data's workers (`prepare`, `collate`, `size`), and samples become a
-loss in the ranks (`module`, `loss`).
+A task has two halves: rows become samples in Ray Data's workers (`prepare`, `size`), and samples become tensors and a
+loss in the ranks (`collate`, `module`, `loss`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,9 @@ from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import prompt_at, unit_of
 from prism_ray.corpora.rows import COLUMNS, BadRow
+from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.batch import Batch, Sample, collate
-from prism_ray.models.encode import BadImage, EncodedPrompt, Encoder, PromptTooLong
+from prism_ray.models.encode import BadImage, EncodedPrompt, Encoder
 from prism_ray.models.logprobs import response_logprobs
 from prism_ray.models.pretrain import CellProbe
 from prism_ray.records import Prompt
@@ -43,7 +46,7 @@ class Task(Protocol):
         ...
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """Samples side by side, something with `.to(device)`."""
+        """Samples side by side as tensors, something with `.to(device)`."""
         ...
 
     def module(self, policy: Any) -> nn.Module:
@@ -55,9 +58,21 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Demonstration:
+    """A prompt and the tokens of its reference, int64 [R], end token included. The prompt has its own token ids; its
+    images, of the size that the policy sees, travel as encoded bytes: their patches are some ten times as large."""
+
+    prompt: Prompt
+    response_ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class ResponseTask:
-    """Cross-entropy on the tokens of the references (the end token included), read as `model`'s tokenizer has it."""
+    """Cross-entropy on the tokens of the references (the end token included), read as `model`'s tokenizer has it.
+
+    Rows may share an id: each is a demonstration, and a step is counted by rows.
+    """
 
     model: str
     max_prompt_tokens: int
@@ -66,26 +81,42 @@ class ResponseTask:
     required: tuple[str, ...] = ("prompt", "teacher_response")
     columns: tuple[str, ...] = COLUMNS
 
+    @property
+    def needs(self) -> Requirements:
+        """What a row must have."""
+        tokens = _tokens(self.model, self.max_prompt_tokens)
+        return Requirements(
+            reference=True,
+            max_image_pixels=self.max_image_pixels,
+            tokenise=tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            unique=False,
+        )
+
     def prepare(self, entries: Sequence[Entry]) -> list[Any]:
-        needs = Requirements(reference=True, decode=False, max_image_pixels=self.max_image_pixels)
-        prompts: list[Any] = [_prompt(entry, needs) for entry in entries]
-        encoder = _encoder(self.model, self.max_prompt_tokens)
-        encoded = _encoded(encoder, entries, prompts)
-        pairs = zip(entries, prompts, encoded, strict=True)
-        return [e if isinstance(e, Quarantined) else self._sample(encoder, entry, p, e) for entry, p, e in pairs]
+        needs = self.needs
+        return [self._prepared(entry, needs) for entry in entries]
 
-    def _sample(self, encoder: Encoder, entry: Entry, prompt: Prompt, encoded: EncodedPrompt) -> Any:
-        ids = encoder.response(prompt.reference)
-        if len(ids) > self.max_response_tokens:
-            detail = f"{len(ids)} tokens, the limit is {self.max_response_tokens}"
-            return _bad(entry, "teacher_response: too long", detail)
-        return Sample(encoded, torch.tensor(ids))
+    def _prepared(self, entry: Entry, needs: Requirements) -> Demonstration | Quarantined:
+        tokens = _tokens(self.model, self.max_prompt_tokens)
+        try:
+            prompt, _ = check(prompt_at(*entry), needs)
+            ids = tokens.encoder.response(prompt.reference)
+            if len(ids) > self.max_response_tokens:
+                detail = f"{len(ids)} tokens, the limit is {self.max_response_tokens}"
+                raise BadRow("teacher_response: too long", detail)
+        except BadRow as bad:
+            return _bad(entry, bad.reason, bad.detail)
+        return Demonstration(replace(tokens.fitted(prompt), reference="", extra={}), np.array(ids, np.int64))
 
-    def size(self, sample: Sample) -> int:
+    def size(self, sample: Demonstration) -> int:
         return len(sample.response_ids)
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples)
+    def collate(self, samples: Sequence[Demonstration]) -> Batch:
+        encoder = _tokens(self.model, self.max_prompt_tokens).encoder
+        encoded = encoder.prompts([sample.prompt for sample in samples])
+        responses = [torch.from_numpy(sample.response_ids) for sample in samples]
+        return collate([Sample(*pair) for pair in zip(encoded, responses, strict=True)])
 
     def module(self, policy: Any) -> nn.Module:
         return policy
@@ -130,7 +161,7 @@ class CellTask:
         needs = Requirements(decode=False, max_image_pixels=self.max_image_pixels)
         asked = [{"role": "user", "content": "<image>"}]
         prompts = [_prompt((file, at, _asking(row, asked)), needs) for file, at, row in entries]
-        encoded = _encoded(_encoder(self.model, self.max_image_pixels), entries, prompts)
+        encoded = _encoded(_tokens(self.model, self.max_image_pixels).encoder, entries, prompts)
         return [_cells(entry, e) for entry, e in zip(entries, encoded, strict=True)]
 
     def size(self, sample: CellBatch) -> int:
@@ -150,9 +181,8 @@ class CellTask:
 
 
 @lru_cache(maxsize=2)
-def _encoder(model: str, max_prompt_tokens: int) -> Encoder:
-    torch.set_num_threads(1)
-    return Encoder(model, max_prompt_tokens)
+def _tokens(model: str, max_prompt_tokens: int) -> TokenCounter:
+    return TokenCounter(Path(model), max_prompt_tokens)
 
 
 def _asking(row: dict[str, Any] | BadRow, asked: list[dict[str, str]]) -> dict[str, Any] | BadRow:
@@ -187,8 +217,6 @@ def _encoded(encoder: Encoder, entries: Sequence[Entry], prompts: Sequence[Any])
 def _encoded_one(encoder: Encoder, entry: Entry, prompt: Prompt) -> EncodedPrompt | Quarantined:
     try:
         return encoder.prompt(prompt)
-    except PromptTooLong as error:
-        return _bad(entry, "prompt: too long", str(error))
     except BadImage as error:
         return _bad(entry, "images: does not decode", str(error))
     except ValueError as error:  # the model's own processor refuses some images

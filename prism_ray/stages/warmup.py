@@ -92,7 +92,7 @@ async def run_warmup(
         engines, judge = await asyncio.gather(session.engines(policy), starting)
     stream = PromptStream(
         corpus,
-        replace(session.requirements(policy, reference=True), student=written),
+        replace(session.requirements(policy, reference=True), student=written, unique=not written),
         settings.corpora,
         settings.seed,
         quarantine=session.quarantine,

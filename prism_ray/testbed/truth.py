@@ -33,12 +33,13 @@ class Truth:
 
 
 def truth_of(text: str, extra: dict[str, Any]) -> Truth:
-    """Judge a response's text; `extra` is the row's extra information (question and `cells`)."""
+    """Judge a response's text; `extra` is the row's extra information (question and `cells`). KeyError where it is no
+    row of the testbed, whatever the response is: else malformed responses to it would count as wrong."""
+    cells: Cells = tuple((str(colour), int(digit)) for colour, digit in extra["cells"])
+    question = question_from(extra)
     parsed = parse(text)
     if not parsed.valid:
         return Truth(False)
-    cells: Cells = tuple((str(colour), int(digit)) for colour, digit in extra["cells"])
-    question = question_from(extra)
     caption, think = parsed.parts["caption"].split(), parsed.parts["think"].split()
     stated = parsed.parts["answer"].split()
     named = read_cells(caption)

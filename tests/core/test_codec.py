@@ -1,5 +1,8 @@
 """Records survive the codec exactly; anything else is refused in a sentence."""
 
+from dataclasses import replace
+
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +34,8 @@ prompts = st.builds(
     images=st.lists(st.binary(max_size=30), max_size=2).map(tuple),
     reference=text,
     extra=st.dictionaries(text, st.one_of(text, st.integers(-(2**40), 2**40), st.lists(text, max_size=2)), max_size=3),
+    token_ids=st.lists(st.integers(0, 2**20), max_size=3).map(tuple),
+    tokens_of=text,
 )
 verdicts = st.builds(Verdict, floats, st.booleans(), text, small, small, small, st.integers(0, 9))
 
@@ -76,6 +81,14 @@ def test_a_record_of_another_version_says_so():
     data = encode(Verdict(1.0, True)).replace(b"Verdict", b"Verdigt")
     with pytest.raises(CodecError, match="Verdigt"):
         decode(data)
+
+
+def test_a_prompt_of_a_journal_from_before_token_ids_travelled_is_read():
+    prompt = Prompt("p", ({"role": "user", "content": "<image>?"},), (b"i",), "r", "g", "s", {"a": 1})
+    old = ["Prompt", {name: value for name, value in vars(prompt).items() if name not in ("token_ids", "tokens_of")}]
+    old[1] |= {"messages": list(prompt.messages), "images": list(prompt.images)}
+    read = decode(msgpack.packb({"prompt": msgpack.ExtType(2, msgpack.packb(old))}))["prompt"]
+    assert replace(read, messages=prompt.messages, images=prompt.images) == prompt and read.token_ids == ()
 
 
 def test_as_many_verdicts_as_rollouts():

@@ -1,5 +1,7 @@
 """The collection against a local endpoint that misbehaves: everything arrives, nothing is paid twice, no key leaks."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -10,13 +12,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs.collect import main
 from prism_ray.config.collect import CollectSettings
 from prism_ray.config.load import load_config
+from prism_ray.config.models import TinyModelSettings
 from prism_ray.corpora.collect_journal import CollectError, replay
 from prism_ray.corpora.references import facts_of
 from prism_ray.corpora.rows import prompt_from_row
+from prism_ray.models.tiny import build_tiny
 from prism_ray.stages.collect import collect, describe_estimate, estimate
 from tests.corpora.teacher_server import TeacherServer, answer
 
@@ -230,12 +235,47 @@ def test_rows_that_cannot_be_used_are_not_asked(start, tmp_path, make):
     assert pq.read_table(tmp_path / "out" / "quarantine.parquet")["row"].to_pylist() == [5]
 
 
-def test_the_same_prompt_twice_is_paid_once(start, tmp_path, make):
-    corpus = make.write(tmp_path / "prompts.parquet", [make.row(i % 3) for i in range(9)])
+def test_an_id_is_paid_once_and_a_file_that_is_named_twice_too(start, tmp_path, make):
+    rows = [make.row(i % 3, prompt=[{"role": "user", "content": f"<image>what is {i}"}]) for i in range(9)]
+    corpus = make.write(tmp_path / "prompts.parquet", rows)
     server = start()
     server.slow_s = 0.1
-    assert collect(settings(server, corpus, "asking.concurrency=4"))["agreement"]["references"] == 3
-    assert set(server.billed.values()) == {1}
+    named_twice = ("asking.concurrency=4", f"prompts=[{corpus}, {corpus}]", "corpora.max_bad_share=0.7")
+    summary = collect(settings(server, corpus, *named_twice))
+    assert summary["agreement"]["references"] == 3 and summary["unusable"] == {"id: used before": 6}
+    assert server.billed == {0: 1, 1: 1, 2: 1}
+    assert [r["id"] for r in references(corpus)] == ["row-0", "row-1", "row-2"]
+    assert pq.read_table(tmp_path / "out" / "quarantine.parquet")["row"].to_pylist() == list(range(3, 9))
+
+
+def test_the_teacher_sees_images_at_the_size_that_the_policy_will(start, tmp_path, make):
+    build_tiny(tmp_path / "policy", ["red"], TinyModelSettings(layers=1), seed=0)
+    rows = [make.row(i, images=[{"bytes": make.png(i, size), "path": None}]) for i, size in SIZES.items()]
+    corpus = make.write(tmp_path / "prompts.parquet", rows)
+    plain, server = start(), start()
+    collect(settings(plain, corpus, f"output={tmp_path / 'plain'}"))
+    seeing = settings(server, corpus, f"policy={tmp_path / 'policy'}")
+    collect(seeing)
+    assert shown_sizes(plain) == SIZES
+    assert shown_sizes(server) == {0: (64, 64), 1: (288, 192), 2: (64, 64)}
+    collect(settings(server, corpus))
+    assert set(server.billed.values()) == {1}, "an answer is known by the prompt, not by how it was shown"
+    assert [r["images"][0]["bytes"] for r in references(corpus)] == [r["images"][0]["bytes"] for r in rows]
+    with pytest.raises(CollectError, match="policy: .*nowhere: no config.json"):
+        collect(settings(server, corpus, "policy=nowhere"))
+
+
+SIZES = {0: (64, 64), 1: (400, 300), 2: (50, 70)}
+
+
+def shown_sizes(server):
+    """Width and height of the image in each question."""
+    sizes = {}
+    for request in server.requests:
+        image, text = request["messages"][-1]["content"]
+        data = base64.b64decode(image["image_url"]["url"].partition("base64,")[2])
+        sizes[int(text["text"].split()[-1])] = Image.open(io.BytesIO(data)).size
+    return sizes
 
 
 def test_another_teacher_wants_another_folder(start, corpus):

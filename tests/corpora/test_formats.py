@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -12,9 +14,10 @@ from prism_ray.config.corpora import SourceSettings
 from prism_ray.corpora import jsonlines
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.files import CorpusError
+from prism_ray.corpora.identity import id_said
 from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import RowOrder, counted, find_fragments, prompt_at, read_piece
-from prism_ray.corpora.rows import STUDENT, BadRow
+from prism_ray.corpora.rows import COLUMNS, ID_COLUMNS, STUDENT, BadRow
 from prism_ray.corpora.stream import read_prompts
 from prism_ray.response import render
 
@@ -46,7 +49,7 @@ def answers(order, start, stop):
 def bad(path, **needs):
     """Reason by place of what cannot be used."""
     order = RowOrder(find_fragments([path]), 0)
-    items = [item for p in order.pieces(0, order.rows) for _, item in read_prompts(p, Requirements(**needs))]
+    items = [item for p in order.pieces(0, order.rows) for *_, item in read_prompts(p, Requirements(**needs))]
     return {item.row: item.reason for item in items if isinstance(item, Quarantined)}
 
 
@@ -326,3 +329,25 @@ def test_other_data_sources_and_missing_students_are_quarantined(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [line(0, data_source="mine"), line(1, data_source="theirs")])
     assert list(bad(path, data_sources=("mine",)).values()) == ["data_source: not one of corpora.data_sources"]
     assert list(bad(path, student=True).values()) == ["student_caption, student_cot: missing"] * 2
+
+
+def test_an_id_is_the_same_whatever_else_is_read_of_its_row(tmp_path):
+    """Who goes on with a corpus reads only the ids of what came before."""
+    said = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": render(" red", " max", " 1")}]
+    rows = [
+        {"uid": 7, "question": "a"},
+        {"uid": "bad", "question": ["not text"]},
+        {"extra_info": {"id": "inside"}, "conversations": said},
+        {"uid": None, "extra_info": "{", "question": "b"},
+        {"uid": "\ud800", "question": "c"},
+        {"uid": "bad", "question": " "},
+        {"question": "d"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
+    flat = [{"uid": str(i), "question": "" if i % 2 else "q", "extra_info": "{"} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(flat), tmp_path / "b.parquet")
+    for name, wanted in (("a.jsonl", ["", "", "", "", "7", "bad", "bad", "inside"]), ("b.parquet", list("0123"))):
+        source = SourceSettings(path=tmp_path / name, columns={"id": "uid"})
+        pieces = RowOrder(find_fragments([source], ()), 0).pieces(0, len(wanted))
+        whole, only = ([id_said(r) for p in pieces for *_, r in read_piece(p, c)] for c in (COLUMNS, ID_COLUMNS))
+        assert whole == only and sorted(whole) == wanted

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, read_piece
+from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at, read_piece
 
 
 def ids(order, start, stop):
@@ -106,3 +106,17 @@ def test_quarantine_counts_writes_and_stops(tmp_path):
 def test_no_bad_rows_no_file(tmp_path):
     Quarantine("corpus", 10, 0.1).write(tmp_path / "q.parquet")
     assert not (tmp_path / "q.parquet").exists()
+
+
+def test_rows_without_an_id_are_called_by_their_file_and_by_its_folder_where_names_repeat(tmp_path, make):
+    for name in ("a/part", "b/part", "c/d/part", "c/other"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        make.write(tmp_path / f"{name}.parquet", [make.row(i, extra_info=None) for i in range(2)])
+
+    def ids(*sources):
+        pieces = RowOrder(find_fragments(sources), 0).pieces(0, 8 if len(sources) > 1 else 2)
+        return {prompt_at(p.fragment.file, at, row).id for p in pieces for _, at, row in read_piece(p)}
+
+    assert ids(tmp_path / "a" / "part.parquet") == {"part:0", "part:1"}
+    names = ("a/part", "b/part", "d/part", "other")
+    assert ids(*(tmp_path / folder for folder in "abc")) == {f"{name}:{i}" for name in names for i in range(2)}

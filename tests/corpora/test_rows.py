@@ -124,11 +124,11 @@ def test_requirements(make, reason):
     assert reason({}, Requirements(max_image_pixels=100)) == "images: too many pixels"
     missing = {"reward_model": None, "answer": None, "extra_info": json.dumps({})}
     assert reason(missing, Requirements(ground_truth=True)) == "reward_model: no ground truth"
-    assert reason({}, Requirements(count_tokens=lambda p: 11, max_prompt_tokens=10)) == "prompt: too long"
+    assert reason({}, Requirements(tokenise=lambda p: (p, 11), max_prompt_tokens=10)) == "prompt: too long"
     none = {"teacher_response": None, "teacher_caption": None, "teacher_cot": None}
     assert reason(none, Requirements(reference=True)) == "teacher_response: missing"
 
     def refuses(prompt):
         raise ValueError("no such token")
 
-    assert reason({}, Requirements(count_tokens=refuses)) == "prompt: cannot be encoded"
+    assert reason({}, Requirements(tokenise=refuses)) == "prompt: cannot be encoded"

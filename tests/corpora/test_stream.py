@@ -1,4 +1,6 @@
 import asyncio
+import io
+import json
 import os
 import signal
 import time
@@ -6,13 +8,23 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
+from PIL import Image
 
 from prism_ray.config.corpora import CorporaSettings
+from prism_ray.config.models import TinyModelSettings
+from prism_ray.config.rollout import RolloutSettings
+from prism_ray.corpora import identity
 from prism_ray.corpora import stream as stream_module
 from prism_ray.corpora.checks import Requirements
-from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, read_piece
+from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at, read_piece
 from prism_ray.corpora.stream import PromptStream
+from prism_ray.models.ahead import TokenCounter
+from prism_ray.models.encode import Encoder
+from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Prompt
+from prism_ray.stages.batches import needs_of
+from prism_ray.testbed.words import vocabulary
 
 SETTINGS = CorporaSettings(look_ahead=8, rows_per_task=7, max_bad_share=0.2)
 NEEDS = Requirements(reference=True, ground_truth=True)
@@ -140,6 +152,117 @@ def test_damaged_file_stops_the_run_with_a_sentence(cluster, tmp_path, make):
     with pytest.raises(CorpusError, match="^[^ ]*a.parquet: row group 0 is damaged"):
         asyncio.run(take(stream, 1))
     stream.shutdown()
+
+
+def test_prompts_come_with_their_ids_and_with_images_of_the_size_that_the_policy_sees(cluster, tmp_path, make):
+    build_tiny(tmp_path / "policy", vocabulary(), TinyModelSettings(layers=1), seed=0)
+    images = [{"bytes": make.png(i, size), "path": None} for i, size in enumerate([(70, 50), (64, 64), (400, 300)])]
+    several = [{"role": "system", "content": "max"}, {"role": "user", "content": "<image>a<image> red<image>"}]
+    rows = [
+        make.row(0),
+        make.row(1, images=images, prompt=several),
+        make.row(2, images=[], prompt=[{"role": "user", "content": "count of red"}]),
+    ]
+    path = make.write(tmp_path / "a.parquet", rows)
+    rollout = RolloutSettings(max_images=3)
+    needs = needs_of(TokenCounter(tmp_path / "policy", rollout.max_prompt_tokens), rollout, SETTINGS)
+
+    async def run():
+        stream = PromptStream([path], needs, SETTINGS, seed=0)
+        taken = ray.get([ref for _, _, ref in await take(stream, 3)])
+        stream.shutdown()
+        return taken
+
+    encoder = Encoder(tmp_path / "policy", rollout.max_prompt_tokens)
+    (piece,) = RowOrder(find_fragments([path]), 0).pieces(0, 3)
+    written = [prompt_at(str(path), at, row) for _, at, row in read_piece(piece)]
+    for prompt, came in zip(written, asyncio.run(run()), strict=True):
+        assert list(came.token_ids) == encoder.engine_prompt(prompt)["prompt_token_ids"]
+        assert came == encoder.fitted(encoder.tokenised(prompt))
+        one, other = encoder.prompt(prompt), encoder.prompt(came)
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.position_ids, other.position_ids)
+        torch.testing.assert_close(one.pixel_values, other.pixel_values, atol=1e-6, rtol=0)
+        for data in came.images:
+            assert data.startswith(b"\x89PNG") and all(side % 32 == 0 for side in Image.open(io.BytesIO(data)).size)
+
+
+def with_repeated_ids(make):
+    """Twenty rows: 3 and 11 have one id, 4, 12 and 17 another, 5 that of 6, which cannot be used; 8 and 9 say none."""
+    called = {11: "row-3", 12: "row-4", 17: "row-4", 5: "row-6"}
+    rows = [make.row(i, extra_info=json.dumps({"id": called.get(i, f"row-{i}")})) for i in range(20)]
+    rows[6]["images"] = [{"bytes": b"no", "path": None}]
+    for index in (8, 9):
+        rows[index]["extra_info"] = None
+    return rows
+
+
+def first_of_each_id(path, rows, count):
+    """Places of the first so many rows that are to be used, over the epochs, by the rule written out."""
+    order, ids = RowOrder(find_fragments([path]), 3), {}
+    places = [at for piece in order.pieces(0, count) for _, at, _ in read_piece(piece)]
+    for at in places[:20]:
+        said = json.loads(rows[at]["extra_info"] or "{}").get("id")
+        ids.setdefault(said or at, at)
+    return [(position, at) for position, at in enumerate(places) if at in ids.values() and at != 6]
+
+
+def test_of_the_rows_of_one_id_the_first_is_used_in_every_epoch_wherever_reading_begins(cluster, tmp_path, make):
+    rows = with_repeated_ids(make)
+    path = make.write(tmp_path / "a.parquet", rows, group=6)
+    wanted = first_of_each_id(path, rows, 70)
+    settings = SETTINGS.model_copy(update={"max_bad_share": 0.5})
+
+    async def run(position, count, kill=0):
+        stream = PromptStream([path], NEEDS, settings, 3, position, tmp_path / "q.parquet")
+        taken = await take(stream, kill)
+        if kill:
+            ray.kill(stream._reader, no_restart=False)
+        taken += await take(stream, count - kill)
+        stream.shutdown()
+        return [(at, prompt_id) for prompt_id, at, _ in taken]
+
+    ids = [json.loads(row["extra_info"] or "{}").get("id") or f"a:{at}" for at, row in enumerate(rows)]
+    called = [(position, ids[at]) for position, at in wanted]
+    assert asyncio.run(run(0, 48)) == called[:48], "three epochs"
+    kept = {k["row"]: k for k in pq.read_table(tmp_path / "q.parquet").to_pylist()}
+    used = {at for _, at in wanted}
+    assert set(kept) == set(range(20)) - used and len(kept) == 5
+    for at, item in kept.items():
+        if at == 6:
+            assert item["reason"] == "images: does not decode"
+        else:
+            first = next(a for a in used if ids[a] == ids[at]) if at != 5 else 6
+            assert item["reason"] == "id: used before"
+            assert item["detail"] == f"{ids[at]}, first seen at row {first} of {path}"
+    for position, kill in ((7, 0), (19, 3), (20, 0), (33, 9)):
+        rest = [one for one in called if one[0] >= position][:15]
+        assert asyncio.run(run(position, 15, kill)) == rest, "what remained, also where the first one came before"
+
+
+def test_repeated_ids_count_as_unusable_and_a_file_named_twice_is_refused(cluster, tmp_path, make):
+    rows = [make.row(i, extra_info=json.dumps({"id": f"row-{i % 4}"})) for i in range(20)]
+    path = make.write(tmp_path / "a.parquet", rows)
+    stream = PromptStream([path], NEEDS, SETTINGS, 0)
+    with pytest.raises(CorpusError, match=r"more than 20.0% of its 20 rows cannot be used \(id: used before: 5"):
+        asyncio.run(take(stream, 20))
+    stream.shutdown()
+    with pytest.raises(CorpusError, match="a.parquet: named twice; .* name it once"):
+        PromptStream([path, path], NEEDS, SETTINGS, 0)
+
+
+def test_ids_are_compared_over_files_and_formats_and_in_bounded_memory(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(identity, "_RECENT", 3)
+    ids = identity.Ids()
+    for row in range(1000):
+        assert ids.again(f"p{row}", "a.parquet", row, "row") is None
+    assert len(ids._digests) + len(ids._recent) == 1000 and len(ids._recent) < 3
+    assert ids._digests.nbytes + ids._places.nbytes <= 16 * 1000
+    for row in range(1000):
+        assert ids.again(f"p{row}", "a.parquet", row, "row") is None, "the same row in another epoch"
+        again = ids.again(f"p{row}", "b.jsonl", 90 * row, "byte")
+        assert (again.file, again.row, again.unit) == ("b.jsonl", 90 * row, "byte")
+        assert again.detail == f"p{row}, first seen at row {row} of a.parquet"
+    assert ids.again("", "b.jsonl", 1, "byte") is None and ids.again("", "b.jsonl", 2, "byte") is None
 
 
 def test_missing_file_fails_before_anything_starts(tmp_path):

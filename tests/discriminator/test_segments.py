@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.discriminator.scorer import BadReference, group_views
-from prism_ray.discriminator.segments import distinct, judged_batch, judged_batches, view_sequences
+from prism_ray.discriminator.segments import distinct, judged_batch, judged_batches, seen_prompts, view_sequences
 from prism_ray.response import render
 
 VIEW_NAMES = tuple(view.name for view in DEFAULT_VIEWS)
@@ -49,6 +51,22 @@ def test_every_sequence_ends_in_the_end_token_and_holds_its_view(encoder, prompt
         decoded(encoder, views.sequences["reasoning"].token_ids[: views.sequences["reasoning"].start])
         == whole["perception"]
     )
+
+
+def test_the_ids_of_a_prompt_are_taken_only_where_the_judge_sees_the_same_prompt(
+    encoder, prompt_of, response, settings
+):
+    """What is judged after it is tokenised by the judge itself."""
+    plain, blind = prompt_of(0, response()), settings.model_copy(update={"sees_images": False})
+    travelled = encoder.tokenised(plain)
+    marked = replace(travelled, token_ids=(*travelled.token_ids, encoder.end_id))
+
+    def seen(prompt, how):
+        return seen_prompts([prompt], encoder, how)[0].token_ids.tolist()
+
+    assert seen(travelled, settings) == seen(plain, settings)
+    assert seen(marked, settings) == [*seen(plain, settings), encoder.end_id], "the prompt's own ids were not used"
+    assert seen(marked, blind) == seen(plain, blind) != seen(plain, settings)
 
 
 def test_without_context_the_caption_is_not_in_the_reasoning(encoder, prompt, response, settings, in_context):

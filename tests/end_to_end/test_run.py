@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from prism_ray.corpora.reader import RowOrder, find_fragments, prompt_at, read_piece
+from prism_ray.models.encode import Encoder
 from prism_ray.report.metrics import read_metrics
 from prism_ray.runtime.gauges import EVALUATION, INCIDENTS, STEP, exported
 from prism_ray.stages.replay import read_record
+from tests.rollout.test_runners import by_transformers
 from tests.runtime.test_dashboard import queried
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +64,7 @@ def test_every_stage_runs_is_interrupted_goes_on_and_is_not_repeated(tmp_path):
     check_summary(run)
     check_metrics(run)
     check_each_prompt_trained_once(run)
+    check_checkpoints(run)
     assert "<svg" in (run / "report.html").read_text()
     assert (run / "align" / "discriminator" / "config.json").exists()
 
@@ -132,6 +136,20 @@ def check_metrics(run: Path) -> None:
     known = {f"ray_{exported(name)[0]}" for row in rows for name in row}
     known |= {f"ray_{name}" for name in (STEP, EVALUATION, f"{INCIDENTS}_total")}
     assert queried() <= known, "the Grafana dashboard asks for what no run exports"
+
+
+def check_checkpoints(run: Path) -> None:
+    """What each stage hands over is loaded by the calls that other programs' runners make (one of them is asked through
+    vLLM as well in tests/rollout/test_runners.py) and asked what rollouts are."""
+    summary = json.loads((run / "summary.json").read_text())
+    folders = {s["name"]: Path(s["checkpoint"]) for s in summary["stages"] if s["checkpoint"]}
+    assert set(folders) == {"base", "sft", "warmup", "align", "rlvr", "rlvr-sft", "references", "rlvr-references"}
+    (piece,) = RowOrder(find_fragments([run / "corpora" / "evaluate.parquet"]), 0).pieces(0, 1)
+    prompts = [prompt_at("evaluate", place, row) for _, place, row in read_piece(piece)]
+    for stage, folder in folders.items():
+        (told,) = by_transformers(folder, prompts)
+        assert told["prompt"] == Encoder(folder, 512).prompt(prompts[0]).token_ids.tolist(), stage
+        assert told["ids"], stage
 
 
 def check_each_prompt_trained_once(run: Path) -> None:

@@ -1,6 +1,6 @@
 """From groups to samples, and the rows that no update may see."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 from prism_ray.config.objective import AdvantageSettings
 from prism_ray.config.views import DEFAULT_VIEWS
 from prism_ray.learner.work import prepare
+from prism_ray.models.batch import collate, collate_shared
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,29 @@ def test_samples_carry_what_was_sampled(groups, encoder):
         assert work.versions_NR[row, :size].tolist() == rollout.versions.tolist()
         assert work.mask_NR[row].sum() == size
     assert work.samples[0].prompt is work.samples[3].prompt
+
+
+def test_ids_that_travelled_with_the_prompts_give_the_same_batches(groups, encoder):
+    travelled = [replace(g, prompt=encoder.tokenised(g.prompt)) for g in groups]
+    before, after = (prepare(g, encoder, DEFAULT_VIEWS) for g in (groups, travelled))
+    assert before.names == after.names and before.spans == after.spans
+    for make in (collate_shared, collate):
+        assert same(make(before.samples), make(after.samples))
+    for name in ("behaviour_NR", "versions_NR", "mask_NR", "judged"):
+        assert same(getattr(before, name), getattr(after, name)), name
+
+
+def same(one, other):
+    """Whether these are equal, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def test_views_carry_their_own_advantages(groups, encoder):

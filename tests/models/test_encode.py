@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from prism_ray.codec import decode, encode
 from prism_ray.models.encode import BadImage, Encoder, PromptTooLong, rope_positions
-from prism_ray.models.load import load_policy
+from prism_ray.models.load import copy_policy, load_policy
+from prism_ray.models.template import set_system_turn
 from prism_ray.records import Prompt
 
 
@@ -164,3 +168,56 @@ def test_ten_megabytes_are_too_long_before_they_are_tokenised(encoder, ask, monk
     with pytest.raises(PromptTooLong, match="prompt wordy: .* tokens exceed") as caught:
         encoder.prompt(ask("wordy", question=" max" * 2_500_000))
     assert caught.value.tokens > encoder.max_prompt_tokens
+
+
+def with_a_system_turn(prompts):
+    several = replace(prompts[3], messages=({"role": "system", "content": "max of red"}, *prompts[3].messages))
+    return [*prompts, replace(several, id="told")]
+
+
+def test_ids_that_came_with_a_prompt_are_those_that_would_be_computed(encoder, prompts, picture):
+    for prompt in with_a_system_turn(with_odd_sizes(prompts, picture)):
+        tokenised = decode(encode(encoder.tokenised(prompt)))
+        assert tokenised == replace(prompt, token_ids=tokenised.token_ids, tokens_of=tokenised.tokens_of)
+        assert list(tokenised.token_ids) == encoder.engine_prompt(prompt)["prompt_token_ids"]
+        assert encoder.engine_prompt(tokenised) == encoder.engine_prompt(prompt)
+        assert encoder.length(tokenised) == encoder.length(prompt) and encoder.tokenised(tokenised) == tokenised
+        once, again = encoder.prompt(prompt), encoder.prompt(encoder.fitted(tokenised))
+        for name in ("token_ids", "grid_thw", "position_ids", "visual_spots"):
+            assert torch.equal(getattr(once, name), getattr(again, name)), name
+        torch.testing.assert_close(once.pixel_values, again.pixel_values, atol=1e-6, rtol=0)
+
+
+def test_nobody_tokenises_a_prompt_that_has_its_ids(encoder, prompts, monkeypatch):
+    tokenised = [encoder.tokenised(prompt) for prompt in with_a_system_turn(prompts)]
+    wanted = [e.token_ids.tolist() for e in encoder.prompts(tokenised)]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a prompt was rendered again")
+
+    monkeypatch.setattr(encoder, "_rendered", refuse)
+    monkeypatch.setattr(encoder, "tokenizer", refuse)
+    assert [e.token_ids.tolist() for e in encoder.prompts(tokenised)] == wanted
+    with pytest.raises(AssertionError, match="rendered again"):
+        encoder.prompts(prompts)
+
+
+def test_ids_of_other_messages_or_of_another_checkpoint_are_not_taken(encoder, dense_folder, prompts, tmp_path):
+    copy_policy(dense_folder, tmp_path / "same")
+    copy_policy(dense_folder, tmp_path / "told")
+    set_system_turn(tmp_path / "told", "max of red")
+    same, told = Encoder(tmp_path / "same", 200), Encoder(tmp_path / "told", 200)
+    assert same.writer == encoder.writer != told.writer
+    for prompt in prompts:
+        tokenised = encoder.tokenised(prompt)
+        forged = replace(tokenised, token_ids=(*tokenised.token_ids, encoder.end_id))
+        assert len(same.prompt(forged).token_ids) == len(encoder.prompt(prompt).token_ids) + 1, "these are its own"
+        assert told.prompt(forged).token_ids.tolist() == told.prompt(prompt).token_ids.tolist()
+        asked = ({"role": "user", "content": prompt.messages[0]["content"] + " blue"},)
+        other, wanted = (encoder.prompt(replace(p, messages=asked)).token_ids.tolist() for p in (forged, prompt))
+        assert other == wanted
+
+
+def test_ids_and_images_must_match_as_markers_do(encoder, prompts):
+    with pytest.raises(BadImage, match="prompt many: 3 <image> markers but 2 images"):
+        encoder.prompt(replace(encoder.tokenised(prompts[3]), images=prompts[3].images[:2]))

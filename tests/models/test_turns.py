@@ -130,6 +130,7 @@ def test_an_engine_is_asked_to_go_on_from_the_tokens_that_were_sampled(encoder, 
         Prompt("w", (*prompt.messages, {"role": "assistant", "content": FIRST}, MORE), (*prompt.images, *images))
     )
     assert asked["prompt_token_ids"][: len(whole["prompt_token_ids"])] == whole["prompt_token_ids"]
+    assert encoder.going_on(encoder.engine_prompt(encoder.tokenised(prompt)), begun) == asked
     plain = encoder.going_on(encoder.engine_prompt(prompt), replace(begun, token_ids=ids[:3], images=()))
     assert len(plain["multi_modal_data"]["image"]) == 1
 

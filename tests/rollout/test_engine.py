@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import ray
 
-from prism_ray.models.load import save_weights
+from prism_ray.models.encode import Encoder
+from prism_ray.models.load import copy_policy, save_weights
+from prism_ray.models.template import set_system_turn
 from prism_ray.rollout.partial import UNFINISHED, assembled
 from prism_ray.rollout.sampling import Request, Sampling
 from prism_ray.runtime.protocols import Ticket
@@ -126,6 +128,35 @@ def test_every_token_is_of_the_version_it_is_attributed_to(run, pool, ask, refer
             expected = np.where(r.versions % 2, under[1], under[0])
             np.testing.assert_allclose(r.logp, expected, atol=PARITY, rtol=0)
     assert mixed
+
+
+def test_the_engine_samples_from_the_ids_that_came_with_the_prompt(run, pool, ask, reference):
+    encoder = reference.encoder
+    plain, other = ask("p", seed=5), ask("p", seed=5, question=" count of red")
+    travelled = encoder.tokenised(plain)
+    forged = replace(travelled, token_ids=encoder.tokenised(other).token_ids)
+    stale = replace(forged, tokens_of=encoder.tokenised(other).tokens_of)
+    seen = [g.rollouts[0] for g in run(pool.sample([plain, travelled, forged, stale], greedy=True, max_tokens=20))]
+    wanted = [encoder.prompt(p).token_ids.tolist() for p in (plain, plain, other, plain)]
+    assert [r.prompt_token_ids.tolist() for r in seen] == wanted and wanted[0] != wanted[2]
+    assert seen[0].token_ids.tolist() == seen[1].token_ids.tolist() == seen[3].token_ids.tolist()
+    np.testing.assert_allclose(seen[2].logp, reference.logp(seen[2], other), atol=PARITY, rtol=0)
+
+
+def test_a_checkpoint_brings_its_chat_template_along(run, pool, ask, reference, folder, tmp_path):
+    """Also to an engine that takes the place of a lost one."""
+    copy_policy(folder, tmp_path / "told")
+    set_system_turn(tmp_path / "told", "max of red")
+    told = Encoder(tmp_path / "told", 200)
+    prompt = reference.encoder.tokenised(ask("p", seed=5))
+    run(pool.load(tmp_path / "told", 0))
+    (group,) = run(pool.sample([prompt], greedy=True, max_tokens=1))
+    assert group.rollouts[0].prompt_token_ids.tolist() == told.prompt(prompt).token_ids.tolist()
+    assert len(group.rollouts[0].prompt_token_ids) > len(reference.encoder.prompt(prompt).token_ids)
+    assert pool._folder == tmp_path / "told", "a successor would begin with the template of the stage before"
+    run(pool.load(folder, 0))
+    (group,) = run(pool.sample([prompt], greedy=True, max_tokens=1))
+    assert group.rollouts[0].prompt_token_ids.tolist() == reference.encoder.prompt(prompt).token_ids.tolist()
 
 
 def test_the_image_matters(run, pool, ask):

@@ -61,7 +61,8 @@ def play(engines, run, talkative, ask):
     def play(number=7, ticket=None, **settings):
         pool = EpisodePool(VerifySettings(environment=TALKING, max_turns=2, **settings), talkative).over(engines)
         pools.append(pool)
-        ticket = run(pool.generate(ticket or Ticket(number, "p", 3, ask("p", seed=1))))
+        prompt = Encoder(talkative, 200).tokenised(ask("p", seed=1))
+        ticket = run(pool.generate(ticket or Ticket(number, "p", 3, prompt)))
         return ticket, run(_value(ticket.ref))
 
     yield play
@@ -114,6 +115,11 @@ def test_what_the_engine_recorded_is_what_the_learner_computes(play, talkative, 
         assert verdict.parts["letters"] == len(rollout.turns[0]["content"]) + len(rollout.text)
     assert ticket.position == 3 and ticket.stats["verify/turns"] > 1 and ticket.stats["rollout/seconds"] > 0
     assert ticket.tokens == sum(len(r.token_ids) for r in group.rollouts)
+
+    asked = replace(group.prompt, token_ids=(), tokens_of="")
+    computed, others = learned(talkative, [replace(group, prompt=asked)])
+    assert largest(others - logp_NR, work.mask_NR) == 0, "not what the prompt's ids are when they are computed anew"
+    assert all(torch.equal(a.response_ids, b.response_ids) for a, b in zip(computed.samples, work.samples, strict=True))
 
     again = decode(encode(group))
     assert largest(learned(talkative, [again])[1] - logp_NR, work.mask_NR) == 0, "not what a journal gives back"

@@ -79,7 +79,10 @@ def parts(prompt, image):
 def by_transformers(folder, prompts):
     """As VLMEvalKit's Qwen3VLChat and lmms-eval's qwen3_vl do, greedily."""
     processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", attn_implementation="sdpa").eval()
+    how = {"dtype": "auto", "attn_implementation": "sdpa", "output_loading_info": True}
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, **how)
+    assert not any(loading.values()), f"{folder} lacks weights, or has others: {loading}"
+    model.eval()
     told = []
     for prompt in prompts:
         picture = Image.open(io.BytesIO(prompt.images[0]))

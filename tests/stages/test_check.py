@@ -91,18 +91,22 @@ def kept(folder):
 
 
 def test_corpora_that_are_fine_are_described(cluster, policy, tmp_path):
-    shared = write(tmp_path / "shared.parquet", [prompt(10), prompt(50), prompt(50, id="again"), prompt(51, id="p50")])
-    result = check_corpora(settings(tmp_path, policy, four(tmp_path, evaluate=shared)))
+    shared = write(tmp_path / "shared.parquet", [prompt(10), prompt(50), prompt(50, id="again"), prompt(51)])
+    demonstrations = write(tmp_path / "sft.parquet", [prompt(i, id=f"p{i // 2}") for i in range(4)])
+    corpora = four(tmp_path, sft=demonstrations, evaluate=shared)
+    result = check_corpora(settings(tmp_path, policy, corpora))
     assert result == json.loads((tmp_path / "tiny" / "check" / "check.json").read_text())
     assert set(result["corpora"]) == set(CORPORA) and result["stops"] == {}
     told = result["corpora"]["evaluate"]
     assert (told["rows"], told["usable"], told["data_sources"]) == (4, 4, {"mine": 4})
-    assert told["duplicates"]["exact"]["count"] == 1 and told["duplicate_ids"]["count"] == 1
+    assert told["duplicates"]["exact"]["count"] == 1 and told["duplicate_ids"]["count"] == 0
+    assert result["corpora"]["sft"]["usable"] == 4, "each row is a demonstration, whatever it is called"
+    assert result["corpora"]["sft"]["duplicate_ids"]["count"] == 2
     assert told["image width"]["median"] == 64 and 0 < told["prompt tokens"]["median"] < 928
     overlaps = {(o["training"], o["held_out"]): o["exact"] for o in result["overlaps"]}
-    assert overlaps == {("sft", "evaluate"): 0, ("align", "evaluate"): 1, ("rlvr", "evaluate"): 0}
+    assert overlaps == {("sft", "evaluate"): 0, ("align", "evaluate"): 0, ("rlvr", "evaluate"): 1}
     lines = "\n".join(report_lines(result))
-    assert "evaluate: 4 of 4 rows can be used" in lines and "align has too: 1 exactly" in lines
+    assert "evaluate: 4 of 4 rows can be used" in lines and "rlvr has too: 1 exactly" in lines
     assert not (tmp_path / "tiny" / "check" / "quarantine.parquet").exists()
 
 
@@ -142,6 +146,16 @@ def test_every_bad_row_is_named_and_too_many_of_them_stop_the_run(cluster, polic
     assert set(result["stops"]) == {"align", "rlvr"}
     assert "more than 2.0% of its 34 rows cannot be used" in result["stops"]["align"]
     assert "reward_model: no ground truth: 2" in result["stops"]["rlvr"]
+
+
+def test_repeated_ids_are_quarantined_where_each_is_trained_on_once(cluster, policy, tmp_path):
+    again = write(tmp_path / "again.parquet", [prompt(i, id=f"p{i % 3}") for i in range(4)])
+    corpora = four(tmp_path, align=again)
+    result = check_corpora(settings(tmp_path, policy, corpora))
+    (row,) = kept(tmp_path)
+    assert (row["row"], row["reason"], row["detail"]) == (3, "id: used before", f"p0, first seen at row 0 of {again}")
+    assert result["corpora"]["align"]["usable"] == 3 and set(result["stops"]) == {"align"}
+    assert "id: used before: 1" in result["stops"]["align"]
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_checked(cluster, policy, tmp_path):

@@ -1,14 +1,17 @@
 """The supervised trainer: what it computes equals plain PyTorch, whatever dies on the way."""
 
+import io
 import json
 import math
 import os
+import pickle
 import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from prism_ray.config.corpora import CorporaSettings, SourceSettings
@@ -17,7 +20,9 @@ from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments
+from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at
+from prism_ray.models.batch import Sample, collate
+from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy
 from prism_ray.models.tiny import build_tiny
 from prism_ray.response import render
@@ -255,6 +260,38 @@ def test_rows_that_do_not_fit_are_quarantined(world):
     assert (mixed[1].file, mixed[1].row, mixed[1].reason) == (file, row, "images: does not decode")
 
 
+def test_prompts_go_to_the_ranks_tokenised_and_with_encoded_images_of_the_size_that_is_seen(world, tmp_path):
+    rows = pq.read_table(world[1]["sft"])
+    kept = rows.to_pylist()[:3]
+    for row, size in zip(kept, ((70, 50), (64, 64), (400, 300)), strict=True):
+        row["images"][0]["bytes"] = photograph(size)
+    pq.write_table(type(rows).from_pylist(kept, schema=rows.schema), tmp_path / "a.parquet")
+    task = ResponseTask(str(world[0]), 256, 256, PIXELS)
+    data = Course("sft", task, RowOrder(find_fragments([tmp_path / "a.parquet"], task.required), 0), 1, 3)
+    (task_of_step,) = Shard((data,), 0, 1, 3, CorporaSettings())._tasks(0)
+    (made,) = Shard((data,), 0, 1, 3, CorporaSettings())._prepare(task_of_step)
+    (micro,) = pickle.loads(made["portion"]).micro
+    encoder, asked = Encoder(world[0], 256), {p.id: p for p in (prompt_at(*e) for e in entries(data, 0, 3))}
+    before = []
+    for sample in micro:
+        prompt = asked[sample.prompt.id]
+        assert list(sample.prompt.token_ids) == encoder.engine_prompt(prompt)["prompt_token_ids"]
+        assert all(side % 32 == 0 for side in Image.open(io.BytesIO(sample.prompt.images[0])).size)
+        before.append(Sample(encoder.prompt(prompt), torch.tensor(encoder.response(prompt.reference))))
+    batch, wanted = task.collate(micro), collate(before)
+    for name in ("input_ids_BT", "position_ids_3BT", "response_ids_BR", "grid_thw", "visual_positions_V"):
+        assert torch.equal(getattr(batch, name), getattr(wanted, name)), name
+    torch.testing.assert_close(batch.pixel_values, wanted.pixel_values, atol=1e-6, rtol=0)
+    assert len(made["portion"]) < batch.pixel_values.nbytes / 4
+
+
+def photograph(size):
+    """Smooth, as photographs are; noise would not become smaller by being encoded."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_labels_must_fit_the_image(world):
     cells = course(world, split="pretrain")
     file, row, columns = entries(cells, 0, 1)[0]
@@ -272,11 +309,12 @@ def test_loss_counts_response_tokens_only(world):
     total, _ = responses.task.loss(policy, responses.task.collate(samples))
     by_hand = 0.0
     for sample in samples:
-        ids = torch.cat((sample.prompt.token_ids, sample.response_ids))[None]
+        prompt = Encoder(world[0], 256).prompt(sample.prompt)
+        ids = torch.cat((prompt.token_ids, torch.from_numpy(sample.response_ids)))[None]
         kinds = (ids == policy.config.image_token_id).int()
-        images = {"pixel_values": sample.prompt.pixel_values, "image_grid_thw": sample.prompt.grid_thw}
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
         logits = policy(input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
-        start = len(sample.prompt.token_ids)
+        start = len(prompt.token_ids)
         by_hand += torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
     assert float(total.detach()) == pytest.approx(by_hand, rel=1e-5)
     assert sum(map(responses.task.size, samples)) == sum(len(s.response_ids) for s in samples)
@@ -325,7 +363,7 @@ def test_sharegpt_rows_are_demonstrations_and_bad_lines_are_named_by_their_byte(
     order = RowOrder(find_fragments([source], task.required), 0)
     prepared = task.prepare(entries(Course("sft", task, order, 1, 3), 0, 3))
     (sample,) = [item for item in prepared if not isinstance(item, Quarantined)]
-    assert len(sample.prompt.grid_thw) == 1 and task.size(sample) > 5
+    assert len(sample.prompt.images) == 1 and task.size(sample) > 5
     bad = {item.row: (item.unit, item.reason) for item in prepared if isinstance(item, Quarantined)}
     place = len(row) + 1
     assert bad[place] == ("byte", "line: not JSON")

@@ -145,3 +145,9 @@ def test_a_single_change_is_judged_for_what_it_is(old: str, new: str, expected: 
 def test_odd_output_is_judged_without_an_error(text: str):
     truth = truth_of(text, extra_of(CELLS, QUESTION))
     assert not truth.answer and truth.cell_accuracy == 0.0
+
+
+@pytest.mark.parametrize("text", ["", teach(CELLS, QUESTION).text])
+def test_a_row_that_is_not_the_testbeds_is_refused_whatever_was_answered(text: str):
+    with pytest.raises(KeyError):
+        truth_of(text, {"id": "theirs"})
