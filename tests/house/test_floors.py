@@ -24,6 +24,9 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 RAY_ROOMS = {"corpora", "runtime", "stages", "serve", "jobs"}
 RAY_FILES = {"worker.py", "pool.py", "group.py"}
+OPEN_ROOMS = {"serve", "endpoint", "codec", "records", "response", "discriminator", "models"}
+"""What touches a caller's bytes, or a checkpoint that somebody else made."""
+RUNS_WHAT_IT_READS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MODULES = sorted([*ROOT.glob("prism_ray/**/*.py"), *ROOT.glob("jobs/*.py")])
 
 
@@ -55,6 +58,8 @@ def faults(path: Path, names: Iterator[str]) -> list[str]:
             found.append("vllm outside rollout/engine.py and weights/")
         if top == "deepspeed" and (room, path.name) != ("learner", "engine.py"):
             found.append("deepspeed outside learner/engine.py")
+        if top in RUNS_WHAT_IT_READS and room in OPEN_ROOMS:
+            found.append(f"{top} where bytes of strangers are read")
     return found
 
 
@@ -77,10 +82,34 @@ def test_imports_only_go_down(path):
         ("prism_ray/models/forward.py", "ray"),
         ("prism_ray/rollout/worker.py", "vllm"),
         ("prism_ray/discriminator/trainer.py", "deepspeed.ops"),
+        ("prism_ray/serve/app.py", "pickle"),
     ],
 )
 def test_the_rule_catches_what_it_must(path, name):
     assert faults(ROOT / path, iter([name]))
+
+
+def calls(text: str) -> list[str]:
+    """Calls that run code which a checkpoint or message brings along: `trust_remote_code`, and `torch.load` of more than
+    tensors."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    keywords = [(ast.unparse(node.func), k.arg, ast.unparse(k.value)) for node in nodes for k in node.keywords]
+    return [
+        f"{name}({key}={value})"
+        for name, key, value in keywords
+        if (key == "trust_remote_code" and value != "False") or (key == "weights_only" and value != "True")
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_code_of_a_checkpoint_is_run(path):
+    own_state = path == ROOT / "prism_ray" / "learner" / "checkpoints.py"  # written by the run that reads it
+    assert own_state or not calls(path.read_text())
+
+
+def test_the_rule_on_code_of_checkpoints_catches_what_it_must():
+    assert calls("load(folder, trust_remote_code=True)") and calls("torch.load(f, weights_only=False)")
+    assert not calls("torch.load(f, weights_only=True)")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
