@@ -90,8 +90,7 @@ def test_the_rule_catches_what_it_must(path, name):
 
 
 def calls(text: str) -> list[str]:
-    """Calls that run code which a checkpoint or message brings along: `trust_remote_code`, and `torch.load` of more than
-    tensors."""
+    """Calls that run code which a checkpoint brings along: `trust_remote_code`, `torch.load` of more than tensors."""
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     keywords = [(ast.unparse(node.func), k.arg, ast.unparse(k.value)) for node in nodes for k in node.keywords]
     return [
