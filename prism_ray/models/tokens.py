@@ -16,9 +16,12 @@ _FILES = ("tokenizer*", "vocab*", "merges*", "*tokens*.json", "*chat_template*",
 
 
 def writer_of(folder: str | Path) -> str:
-    """A digest of a checkpoint's tokenizer, processor and chat template: equal ones make equal ids of a text."""
+    """A digest of a checkpoint's tokenizer, processor and chat template: equal ones make equal ids of a text. ""
+    where a folder has none of them, but weights alone."""
     folder, digest = Path(folder), hashlib.blake2b(digest_size=16)
-    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}):
+    if not (files := sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})):
+        return ""
+    for path in files:
         data = path.read_bytes()
         digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()

@@ -149,7 +149,7 @@ class Engine:
         template, where that is another."""
         found = files.checkpoint_files(folder)
         files.check_complete(files.shapes_in(found), self._shapes, str(folder))
-        if writer_of(folder) != self._encoder.writer:
+        if (writer := writer_of(folder)) and writer != self._encoder.writer:
             self._encoder = await asyncio.to_thread(Encoder, folder, self._settings.max_prompt_tokens)
         return await self._transfer(lambda: self._take_files(found), version)
 

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from prism_ray.config.rollout import RolloutSettings
+from prism_ray.models.tokens import writer_of
 from prism_ray.records import Group, Prompt
 from prism_ray.rollout.dispatch import Job, Queue
 from prism_ray.rollout.groups import OF_NO_MORE_USE, Dispatching
@@ -136,7 +137,8 @@ class RolloutPool(Dispatching):
         """Like `publish`, from a checkpoint folder of the same architecture: how another stage takes over the pool."""
         folder = Path(folder).absolute()
         metrics = await self._spread(Weights(version, folder=folder))
-        self._folder = folder  # whoever takes a lost engine's place gets its chat template, too
+        if writer_of(folder):
+            self._folder = folder  # whoever takes a lost engine's place gets its chat template, too
         return metrics
 
     async def sleep(self) -> None:

@@ -130,7 +130,8 @@ def check_metrics(run: Path) -> None:
     for name in ("policy/loss", "correction/ess", "learner/wait_share", "rollout/response_tokens"):
         assert all(name in row for row in align), name
     told = [row for row in align if "rollout/tokens_per_second" in row]  # with the update after the weights' exchange
-    assert told and all(r["rollout/engine_tokens_per_second/0"] == r["rollout/tokens_per_second"] > 0 for r in told)
+    assert all(row["rollout/engine_tokens_per_second/0"] == row["rollout/tokens_per_second"] for row in told)
+    assert any(row["rollout/tokens_per_second"] > 0 for row in told)  # none, where all groups came from the journal
     shares = [row[f"{who}/wait_share"] for row in align for who in ("learner", "rollout", "judge")]
     assert all(0 <= share <= 1 for share in shares)
     known = {f"ray_{exported(name)[0]}" for row in rows for name in row}
