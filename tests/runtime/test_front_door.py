@@ -136,7 +136,18 @@ def test_how_work_ends_is_the_exit_code(capsys):
         refused()
 
 
+@pytest.fixture
+def signals():
+    """As a process that Python starts has them; those that pytest-xdist starts ignore Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("signals")
 def test_a_signal_interrupts_and_its_handler_is_as_before_afterwards(capsys, number):
     before = signal.getsignal(number)
     assert finish(lambda: os.kill(os.getpid(), number), "interrupted; go on") == 130
