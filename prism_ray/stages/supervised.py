@@ -214,7 +214,11 @@ class _Desk:
                 raise CorpusError(message[1])
             elif kind == "lost":
                 lost = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(message[1].items()))
-                log.warning("%s was lost; Ray Train starts the ranks again from their last checkpoint", lost)
+                log.warning(
+                    "%s was lost; Ray Train starts the ranks again from their last checkpoint, "
+                    "at most trainer.max_failures times",
+                    lost,
+                )
         except BaseException as error:
             self._fail(error)
 
