@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from prism_ray.codec import decode, encode
 from prism_ray.models.encode import BadImage, Encoder, PromptTooLong, rope_positions
 from prism_ray.models.load import copy_policy, load_policy
 from prism_ray.models.template import set_system_turn
+from prism_ray.models.tokens import writer_of
 from prism_ray.records import Prompt
 
 
@@ -216,6 +218,11 @@ def test_ids_of_other_messages_or_of_another_checkpoint_are_not_taken(encoder, d
         asked = ({"role": "user", "content": prompt.messages[0]["content"] + " blue"},)
         other, wanted = (encoder.prompt(replace(p, messages=asked)).token_ids.tolist() for p in (forged, prompt))
         assert other == wanted
+
+
+def test_a_folder_of_weights_alone_writes_no_prompts(dense_folder, tmp_path):
+    shutil.copy(dense_folder / "model.safetensors", tmp_path)
+    assert writer_of(tmp_path) == "" != writer_of(dense_folder)
 
 
 def test_ids_and_images_must_match_as_markers_do(encoder, prompts):
