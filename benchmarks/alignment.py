@@ -72,7 +72,9 @@ ARMS: dict[str, Arm] = {
     "scalar-gate": Arm("the same behind a gate", (*SCALAR, GATE)),
     "prism-code": Arm("raw scores, as the published code has them", ("align.advantage.estimator=prism_code",)),
     "no-std": Arm("rewards of views centred, not divided by their deviation", ("align.advantage.by_std=false",)),
-    "long-no-std": Arm("both", ("align.updates=35", "rlvr.updates=25", "align.advantage.by_std=false")),
+    "long-no-std": Arm(
+        "long and no-std at once", ("align.updates=35", "rlvr.updates=25", "align.advantage.by_std=false")
+    ),
     "dense": Arm("a judge without experts", ("discriminator.backbone=dense",)),
     "short": Arm("15 updates of alignment, 45 of GRPO", ("align.updates=15", "rlvr.updates=45")),
     "long": Arm("35 updates of alignment, 25 of GRPO", ("align.updates=35", "rlvr.updates=25")),
