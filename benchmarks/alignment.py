@@ -59,6 +59,10 @@ WHOLE = "{name: whole, tags: [caption, think, answer]}"
 SCALAR = (
     "discriminator.likelihood_weight=0", "warmup.max_steps=60", "warmup.min_steps=60", "warmup.target_accuracy=0.5",
 )  # fmt: skip
+MILD = (
+    "testbed.noise.wrong_cells=0.5", "testbed.noise.truncated_caption=0.35", "testbed.noise.wrong_reasoning=0.3",
+    "testbed.noise.terse_think=0.4",
+)  # fmt: skip
 GATE = "discriminator.gate.window=64"
 
 ARMS: dict[str, Arm] = {
@@ -86,6 +90,7 @@ ARMS: dict[str, Arm] = {
         ALL,
     ),
     "less-sparse": Arm("SFT that spoils less: 150 steps in place of 350", ("sft.steps=150",), ALL),
+    "mild-noise": Arm("a public corpus with about half the faults, so a start that is less sparse", MILD, ALL),
 }
 
 SMALL = (

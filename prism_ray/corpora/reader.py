@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -262,11 +263,12 @@ def prepared(
     too, but Ray Data's executor then polls without pause, and that thread takes half a core from whoever consumes.
     """
     remaining, ahead = iter(tasks), None
+    execute = partial(_execute, work=work, settings=settings, identity=uuid4().hex)
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
     try:
         while True:
             window = list(islice(remaining, settings.readers))
-            coming: Future[list[Any]] | None = thread.submit(_execute, window, work, settings) if window else None
+            coming: Future[list[Any]] | None = thread.submit(execute, window) if window else None
             for ref in _within(settings.timeout_s, ahead.result) if ahead is not None else []:
                 table: Any = _within(settings.timeout_s, partial(ray.get, ref))
                 yield from table.to_pylist()
@@ -292,11 +294,17 @@ def _execute(
     tasks: Sequence[dict[str, Any]],
     work: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
     settings: CorporaSettings,
+    identity: str,
 ) -> list[Any]:
-    """References to the Arrow tables that hold the rows of these tasks."""
+    """References to the Arrow tables that hold the rows of these tasks.
+
+    Executions that come one after the other pass for one dataset, `identity`: for each that it has seen Ray keeps a log
+    file and some fifty gauges (in its statistics actor and in the node's agent) as long as the cluster runs.
+    """
     source = ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
     pool = ray.data.TaskPoolStrategy(size=settings.readers)
     made = source.flat_map(work, num_cpus=settings.reader_cpus, compute=pool)
+    made._set_uuid(identity)
     made.context.execution_options.preserve_order = True
     made.context.enable_progress_bars = False
     made.context.issue_detectors_config.detectors = []  # they advise on memory that the settings already bound

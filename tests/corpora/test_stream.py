@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.models import TinyModelSettings
@@ -58,6 +59,25 @@ def test_stream_is_endless_ordered_and_resumes_at_the_remaining_rows(cluster, tm
     assert [position for _, position, _ in taken] == list(range(45))
     prompts = ray.get([ref for _, _, ref in taken])
     assert all(isinstance(p, Prompt) and p.id == i for p, (i, _, _) in zip(prompts, taken, strict=True))
+
+
+def test_all_that_a_stream_reads_is_one_dataset_to_ray(cluster, tmp_path, make):
+    """Ray keeps a log file and fifty gauges for each that it has seen: in a long run they would be gigabytes."""
+
+    def known() -> set[str]:
+        return set(ray.get(get_or_create_stats_actor().get_datasets.remote()))
+
+    path = make.write(tmp_path / "a.parquet", map(make.row, range(20)))
+    before = known()
+
+    async def run():
+        streams = [PromptStream([path], NEEDS, SETTINGS, seed=seed) for seed in (0, 1)]
+        for stream in streams:
+            await take(stream, 3 * 20)  # some nine executions
+            stream.shutdown()
+
+    asyncio.run(run())
+    assert len(known() - before) == 2
 
 
 def test_bad_rows_are_skipped_and_quarantined_and_a_killed_reader_goes_on(cluster, tmp_path, make, caplog):
