@@ -88,7 +88,7 @@ def run(form: str, case: str, tokens: int, width: int) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse(__doc__)
-    tokens, width = (1024, 64) if arguments.quick else (2048, 512)
+    tokens, width = (512, 64) if arguments.quick else (2048, 512)
     figures: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for case in CASES:

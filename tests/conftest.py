@@ -1,5 +1,7 @@
 """One private Ray instance for every test of a process that needs one, and which process a test runs in."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster():
     environments = str(Path(__file__).parent / "verify")  # test_verifier_pool's faulty environments
+    folder = tempfile.mkdtemp(prefix="ray")  # as private clusters of ours have one; its sockets need a short path
     ray.init(
+        _temp_dir=folder,
         address="local",  # else it would join whatever cluster somebody left on this machine
         num_cpus=4,
         include_dashboard=False,
@@ -41,3 +45,4 @@ def cluster():
     )
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

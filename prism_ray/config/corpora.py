@@ -64,8 +64,10 @@ class CorporaSettings(Settings):
     reader_cpus: float = Field(default=0.1, ge=0)
     """CPUs that Ray books for a reading task. Small, so that reading never waits for a CPU that an actor holds."""
     rows_per_task: int = Field(default=1024, ge=1)
-    """Rows that one reading task works through, and, times `readers`, that are prepared at once: long enough to hide
-    the cost of starting it, short enough that two lots of prepared rows fit the object store."""
+    """Rows that one reading task works through at most; long enough to hide the cost of starting it."""
+    task_mb: float = Field(default=64.0, gt=0)
+    """Prepared rows that one reading task makes, in MB, by the size of those before them. At most two tasks' times
+    `readers` are held; with full-size images this bounds memory, and not `rows_per_task`."""
     block_mb: float = Field(default=4.0, gt=0)
     """Size of the blocks in which a reading task hands over its rows: small, so that the first come early."""
     timeout_s: float = Field(default=300.0, gt=0)

@@ -38,6 +38,8 @@ file is called."""
 
 _TAKEN = 64
 """Rows that are made Python objects at once."""
+_FIRST = 64
+"""Rows of the first reading tasks of a stream."""
 _SAMPLED = 4
 """Fragments that an estimate of the number of rows is made from."""
 
@@ -249,6 +251,28 @@ def prompt_at(file: str, place: int, row: dict[str, Any] | BadRow) -> Prompt:
     """The prompt of a row that `read_piece` gave. Raises `BadRow`."""
     about = {} if isinstance(row, BadRow) else row
     return prompt_from_row(row, f"{about.get(NAME) or Path(file).stem}:{place}", about.get(FOLDER))
+
+
+class Pace:
+    """How many rows the next reading task works through: what `corpora.task_mb` holds of rows like those before it, but
+    at most `corpora.rows_per_task`. The first are few: nothing is known of their size, and somebody waits for them."""
+
+    def __init__(self, settings: CorporaSettings) -> None:
+        self._most, self._bytes_at_once = settings.rows_per_task, settings.task_mb * 2**20
+        self._rows, self._bytes = 0.0, 0.0
+
+    def note(self, rows: int, size: int) -> None:
+        """So many rows came, and had so many bytes. What came long ago counts less and less."""
+        self._rows, self._bytes = self._rows + rows, self._bytes + size
+        if self._rows > 2 * self._most:
+            self._rows, self._bytes = self._rows / 2, self._bytes / 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next task."""
+        if not self._rows:
+            return min(_FIRST, self._most)
+        return max(1, min(self._most, int(self._bytes_at_once * self._rows / max(1.0, self._bytes))))
 
 
 def prepared(

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +26,16 @@ from prism_ray.corpora.checks import Requirements, check
 from prism_ray.corpora.files import Source, names_of
 from prism_ray.corpora.identity import Ids, id_said, refuse_twice
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
-from prism_ray.corpora.reader import Piece, RowOrder, find_fragments, prepared, prompt_at, read_piece, reading_error
+from prism_ray.corpora.reader import (
+    Pace,
+    Piece,
+    RowOrder,
+    find_fragments,
+    prepared,
+    prompt_at,
+    read_piece,
+    reading_error,
+)
 from prism_ray.corpora.rows import BadRow
 from prism_ray.records import Prompt
 
@@ -135,14 +143,17 @@ class PromptReader:
         self._ids = Ids()
         if self._needs.unique:
             self._ids.read(self._order.pieces(0, self._order.first(position)))
-        for row in prepared(self._tasks(position), _Reading(self._order, self._needs), self._settings):
+        pace = Pace(self._settings)
+        for row in prepared(self._tasks(position, pace), _Reading(self._order, self._needs), self._settings):
+            pace.note(1, len(row["item"]))
             yield Read(**row | {"item": pickle.loads(row["item"])})
 
-    def _tasks(self, position: int) -> Iterator[dict[str, int]]:
-        for start in count(position, self._settings.rows_per_task):
-            stop = start + self._settings.rows_per_task
+    def _tasks(self, start: int, pace: Pace) -> Iterator[dict[str, int]]:
+        while True:
+            stop = start + pace.rows
             self._order.count_to(stop)
             yield {"start": start, "stop": stop}
+            start = stop
 
 
 class PromptStream:

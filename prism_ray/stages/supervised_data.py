@@ -20,7 +20,7 @@ from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.learner import OptimiserSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.reader import CorpusError, RowOrder, prepared, read_piece
+from prism_ray.corpora.reader import CorpusError, Pace, RowOrder, prepared, read_piece
 from prism_ray.stages.supervised_tasks import Entry, Task
 
 
@@ -73,16 +73,19 @@ class Shard:
 
     def portions(self, first_step: int) -> Iterator[tuple[int, int, Portion]]:
         """(phase, step in the phase, portion) from the overall step on, prepared ahead of need."""
-        for row in prepared(self._tasks(first_step), self._prepare, self.settings):
+        pace = Pace(self.settings)
+        for row in prepared(self._tasks(first_step, pace), self._prepare, self.settings):
+            pace.note(self.courses[row["phase"]].batch // self.ranks, len(row["portion"]))
             yield row["phase"], row["step"], pickle.loads(row["portion"])
 
-    def _tasks(self, first_step: int) -> Iterator[dict[str, int]]:
+    def _tasks(self, first_step: int, pace: Pace) -> Iterator[dict[str, int]]:
         for phase, course in enumerate(self.courses):
-            length = max(1, self.settings.rows_per_task * self.ranks // course.batch)
-            for step in range(max(0, first_step), course.steps, length):
-                last = min(step + length, course.steps)
+            step = max(0, first_step)
+            while step < course.steps:
+                last = min(step + max(1, pace.rows * self.ranks // course.batch), course.steps)
                 course.order.count_to(last * course.batch)
                 yield {"phase": phase, "first": step, "last": last}
+                step = last
             first_step -= course.steps
 
     def _prepare(self, task: dict[str, int]) -> Iterator[dict[str, Any]]:

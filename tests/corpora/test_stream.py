@@ -18,8 +18,8 @@ from prism_ray.config.rollout import RolloutSettings
 from prism_ray.corpora import identity
 from prism_ray.corpora import stream as stream_module
 from prism_ray.corpora.checks import Requirements
-from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at, read_piece
-from prism_ray.corpora.stream import PromptStream
+from prism_ray.corpora.reader import CorpusError, Pace, RowOrder, find_fragments, prompt_at, read_piece
+from prism_ray.corpora.stream import PromptReader, PromptStream
 from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.encode import Encoder
 from prism_ray.models.tiny import build_tiny
@@ -78,6 +78,32 @@ def test_all_that_a_stream_reads_is_one_dataset_to_ray(cluster, tmp_path, make):
 
     asyncio.run(run())
     assert len(known() - before) == 2
+
+
+def test_reading_tasks_are_few_rows_at_first_and_then_what_their_size_allows(cluster, tmp_path, make, monkeypatch):
+    images = [{"bytes": make.png(1, (64, 64)), "path": None}]  # 12 KB
+    path = make.write(tmp_path / "a.parquet", [make.row(number, images=images) for number in range(400)], group=100)
+    settings = CorporaSettings(look_ahead=8, rows_per_task=1000, task_mb=0.25)
+    reader = PromptReader(RowOrder(find_fragments([path]), 0), NEEDS, settings, "a", None)
+    tasks, tasks_of = [], reader._tasks
+    monkeypatch.setattr(reader, "_tasks", lambda *given: (tasks.append(task) or task for task in tasks_of(*given)))
+    _, *prompts = reader.next(0, 400)
+    reader._rows.close()
+    assert len(prompts) == 400
+    first, second, *later = (task["stop"] - task["start"] for task in tasks)
+    assert first == second == 64
+    assert later and all(15 <= rows <= 21 for rows in later), later
+
+
+def test_a_reading_task_takes_no_more_rows_than_it_may_whatever_their_size():
+    pace = Pace(CorporaSettings(rows_per_task=100, task_mb=1))
+    pace.note(10, 10)
+    assert pace.rows == 100
+    for _ in range(30):
+        pace.note(100, 100 * 2**16)
+    assert 16 <= pace.rows <= 17, "what came long ago no longer counts"
+    pace.note(1000, 1000 * 2**24)
+    assert pace.rows == 1
 
 
 def test_bad_rows_are_skipped_and_quarantined_and_a_killed_reader_goes_on(cluster, tmp_path, make, caplog):

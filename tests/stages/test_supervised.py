@@ -20,7 +20,7 @@ from prism_ray.config.supervised import SupervisedSettings
 from prism_ray.config.testbed import TestbedSettings
 from prism_ray.config.trainer import TrainerSettings
 from prism_ray.corpora.quarantine import Quarantined
-from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at
+from prism_ray.corpora.reader import CorpusError, Pace, RowOrder, find_fragments, prompt_at
 from prism_ray.models.batch import Sample, collate
 from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy
@@ -224,7 +224,7 @@ def test_ranks_share_a_step_and_any_cut_gives_the_same_rows(world):
 
     def rows(rank, ranks, first_step):
         shard = Shard((whole,), rank, ranks, 4, CorporaSettings(rows_per_task=8))
-        steps = [portion for task in shard._tasks(first_step) for portion in shard._prepare(task)]
+        steps = [portion for task in shard._tasks(first_step, Pace(shard.settings)) for portion in shard._prepare(task)]
         assert [s["step"] for s in steps] == list(range(first_step, 15))
         return len(steps)
 
@@ -236,14 +236,21 @@ def test_ranks_share_a_step_and_any_cut_gives_the_same_rows(world):
 
 def test_phases_follow_each_other_from_any_step(world):
     shard = Shard((course(world, 3, split="pretrain"), course(world, 4)), 0, 1, 4, CorporaSettings(rows_per_task=8))
-    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(0)] == [
+
+    def tasks(first_step):
+        return [(t["phase"], t["first"], t["last"]) for t in shard._tasks(first_step, Pace(shard.settings))]
+
+    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(0, Pace(shard.settings))] == [
         (0, 0, 2),
         (0, 2, 3),
         (1, 0, 2),
         (1, 2, 4),
     ]
-    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(4)] == [(1, 1, 3), (1, 3, 4)]
-    assert list(shard._tasks(7)) == []
+    assert [(t["phase"], t["first"], t["last"]) for t in shard._tasks(4, Pace(shard.settings))] == [
+        (1, 1, 3),
+        (1, 3, 4),
+    ]
+    assert list(shard._tasks(7, Pace(shard.settings))) == []
 
 
 def test_rows_that_do_not_fit_are_quarantined(world):
@@ -268,8 +275,9 @@ def test_prompts_go_to_the_ranks_tokenised_and_with_encoded_images_of_the_size_t
     pq.write_table(type(rows).from_pylist(kept, schema=rows.schema), tmp_path / "a.parquet")
     task = ResponseTask(str(world[0]), 256, 256, PIXELS)
     data = Course("sft", task, RowOrder(find_fragments([tmp_path / "a.parquet"], task.required), 0), 1, 3)
-    (task_of_step,) = Shard((data,), 0, 1, 3, CorporaSettings())._tasks(0)
-    (made,) = Shard((data,), 0, 1, 3, CorporaSettings())._prepare(task_of_step)
+    shard = Shard((data,), 0, 1, 3, CorporaSettings())
+    (task_of_step,) = shard._tasks(0, Pace(shard.settings))
+    (made,) = shard._prepare(task_of_step)
     (micro,) = pickle.loads(made["portion"]).micro
     encoder, asked = Encoder(world[0], 256), {p.id: p for p in (prompt_at(*e) for e in entries(data, 0, 3))}
     before = []
