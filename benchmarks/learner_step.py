@@ -67,9 +67,9 @@ class Timed:
     def over_ranks(self, values: Sequence[float], how: str) -> list[float]:
         return self._timed("waiting", self._engine.over_ranks, values, how)
 
-    def step(self) -> Any:
+    def step(self, part: float = 1.0) -> Any:
         self._timed("waiting", torch.distributed.barrier)
-        return self._timed("optimiser", self._engine.step)
+        return self._timed("optimiser", lambda: self._engine.step(part))
 
     def _timed(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()

@@ -126,9 +126,9 @@ class Watched:
     def over_ranks(self, values: Any, how: str) -> list[float]:
         return self._engine.over_ranks(values, how)
 
-    def step(self) -> Any:
+    def step(self, part: float = 1.0) -> Any:
         self.at_step = held()
-        return self._engine.step()
+        return self._engine.step(part)
 
 
 def child(case: str, folder: str, file: str) -> None:

@@ -61,7 +61,8 @@ class GuardSettings(Settings):
     on_separable: Remedy = "none"
     """What is done while `separable` rings: `lower_rate` halves the discriminator's learning rate, so that the policy
     can catch up; `raise_replay` replays `raised_replay` of old pairs; `freeze_policy` closes the view's gate, so that
-    the judge learns on while the view moves the policy no more (AdamW's momentum lets it coast for a few updates);
+    the judge learns on while the view moves the policy no more (beside a view that still does, AdamW's momentum lets
+    it coast for a few updates);
     `restore`, once when the alarm begins, makes the judge what warm-up left, with fresh momentum."""
     on_chance: Remedy = "none"
     """The same while `chance` rings."""

@@ -12,7 +12,7 @@ from prism_ray.config.corpora import CorporaSettings, SourceSettings, paths_of
 from prism_ray.config.discriminator import DiscriminatorSettings
 from prism_ray.config.learner import LearnerSettings
 from prism_ray.config.models import TinyModelSettings
-from prism_ray.config.objective import ObjectiveSettings
+from prism_ray.config.objective import VIEW_ESTIMATORS, ObjectiveSettings
 from prism_ray.config.report import ReportSettings
 from prism_ray.config.rollout import RolloutSettings
 from prism_ray.config.runtime import ClusterSettings, JournalSettings
@@ -153,12 +153,33 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _gate_reaches_the_policy(self) -> Self:
-        judge = self.discriminator
+        judge, align = self.discriminator, self.align
         gating = "gate" if judge.gate else "guard's freeze_policy" if judge.guard.may("freeze_policy") else ""
-        if gating and self.align.advantage.estimator == "prism_paper":
+        if not gating:
+            return self
+        estimator = align.advantage.estimator
+        if estimator == "prism_paper":
+            why = "prism_paper normalises the sum of the views, which undoes"
+        elif estimator not in VIEW_ESTIMATORS:
+            why = f"{estimator} sees a response's reward alone, which passes by"
+        elif align.judge == "serve":
             raise ValueError(
-                f"align.advantage.estimator prism_paper normalises the sum of the views, which undoes discriminator."
-                f"{gating}; set prism_code or bounded_views, or unset that"
+                f"align.judge is serve, a judge that does not learn and is not watched, so discriminator.{gating} does "
+                "nothing; unset that, or let the run judge by itself"
+            )
+        else:
+            return self
+        raise ValueError(
+            f"align.advantage.estimator {why} discriminator.{gating}; set prism_code or bounded_views, or unset that"
+        )
+
+    @model_validator(mode="after")
+    def _verdicts_are_as_new_as_asked(self) -> Self:
+        judge, most = self.discriminator, self.align.loop.max_judge_lag
+        if self.align.judge == "own" and judge.scorers and judge.max_scorer_lag > most:
+            raise ValueError(
+                f"align.loop.max_judge_lag is {most} but discriminator.max_scorer_lag lets scorers judge with weights "
+                f"that are {judge.max_scorer_lag} updates old; lower that, or raise align.loop.max_judge_lag"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -62,16 +62,22 @@ def all_units(groups: Sequence[GroupViews], source: Source) -> list[PairUnit]:
 
 def foreign_groups(groups: Sequence[Group], each: int, turn: int = 0) -> list[Group]:
     """Of every group a twin whose rollouts are the references of up to `each` other prompts of the batch: well written,
-    and not true of this image. A later `turn` takes others. None where all groups are of one prompt."""
+    and not true of this image, so none of a prompt that shows the same images. A later `turn` takes others. A group
+    of which there is no other such prompt has no twin."""
     twins = []
     for index, group in enumerate(groups):
         around = [*groups[index + 1 :], *groups[:index]]
-        others = [g.prompt for g in around if g.prompt.id != group.prompt.id]
+        others = [g.prompt for g in around if _shows(g.prompt) != _shows(group.prompt)]
         first = turn * each % max(len(others), 1)
         chosen = [*others[first:], *others[:first]][:each]
         if chosen:
             twins.append(Group(group.id, group.prompt, tuple(_written(p, i) for i, p in enumerate(chosen))))
     return twins
+
+
+def _shows(prompt: Prompt) -> Any:
+    """What tells whether a response to another prompt may be true of this one: its images, else what it asks."""
+    return prompt.images or prompt.messages
 
 
 def _written(prompt: Prompt, index: int) -> Rollout:

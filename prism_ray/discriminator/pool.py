@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -257,10 +257,10 @@ class DiscriminatorPool:
         if self._scorers is None:
             self._vouch()
         else:
-            self._spawn(self._publish(self._scorers, self.version))
+            weights, there = self._trainer.weights()  # asked for before the ranks are given more to learn
+            self._spawn(self._publish(self._scorers, self.version, weights, there))
 
-    async def _publish(self, scorers: ScorerGroup, version: int) -> None:
-        weights, there = self._trainer.weights()
+    async def _publish(self, scorers: ScorerGroup, version: int, weights: Any, there: Awaitable[Any]) -> None:
         try:
             await there
         except Exception as error:  # nobody waits for this, but everybody must hear of it

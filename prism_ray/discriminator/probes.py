@@ -22,7 +22,7 @@ from prism_ray.config.views import ViewSettings
 from prism_ray.discriminator.guards import Truth, watch_metrics
 from prism_ray.discriminator.model import Discriminator
 from prism_ray.discriminator.objective import calibration_error, pair_accuracy
-from prism_ray.discriminator.scorer import GroupViews, Judged, group_views, judge, judged_metrics
+from prism_ray.discriminator.scorer import GroupViews, Judged, group_views, judge, judged_metrics, score_sequences
 from prism_ray.discriminator.segments import ViewSequence
 from prism_ray.discriminator.spread import score_quantiles, scores_of
 from prism_ray.models.encode import Encoder
@@ -187,22 +187,25 @@ def shortcut_warnings(metrics: Mapping[str, float], margin: float) -> list[str]:
     return found
 
 
-def check_canary(model: Discriminator, encoder: Encoder, group: Group, version: int) -> float:
+def check_canary(model: Discriminator, encoder: Encoder, group: Group) -> float:
     """The gap between the group's reference and the same text as a rollout: exactly 0 in every view, which it returns.
 
-    Raises CanaryBreach otherwise: whatever then tells the sides apart is not in the text, and pays in every pair.
+    Each side is computed by itself (together, equal sequences would be computed once), so that a score that depends on
+    more than its text is seen, too. Raises CanaryBreach otherwise: whatever then tells the sides apart is not in the
+    text, and pays in every pair.
     """
     none, logp = np.zeros(0, np.int32), np.zeros(0, np.float32)
     same = Rollout(group.prompt.id, 0, none, none, logp, none, group.prompt.reference, "stop")
-    (judged,) = judge(model, encoder, [Group(group.id, group.prompt, (same,))], version)
-    verdict = judged.group.verdicts[0]
-    if not verdict.valid:
-        raise CanaryBreach(f"prompt {group.prompt.id}: its reference, taken as a rollout, is refused: {verdict.reason}")
-    for view, score in verdict.scores.items():
-        if score != verdict.reference_scores[view]:
+    (cut,) = group_views([Group(group.id, group.prompt, (same,))], encoder, model.settings)
+    (copy,) = cut.rollouts
+    if not copy.valid:
+        raise CanaryBreach(f"prompt {group.prompt.id}: its reference, taken as a rollout, is refused: {copy.reason}")
+    scores, again = (score_sequences(model, list(side.sequences.values())).tolist() for side in (cut.reference, copy))
+    for view, score, other in zip(copy.sequences, scores, again, strict=True):
+        if score != other:
             raise CanaryBreach(
-                f"prompt {group.prompt.id}: the {view} of its reference scores {verdict.reference_scores[view]:.4f} "
-                f"and the same text as a rollout {score:.4f}; both sides must be tokenised, cut, ended and scored alike"
+                f"prompt {group.prompt.id}: the {view} of its reference scores {score:.4f} and the same text as a "
+                f"rollout {other:.4f}; both sides must be tokenised, cut, ended and scored alike"
             )
     return 0.0
 

@@ -32,22 +32,6 @@ STATE_FILE = "discriminator_state.json"
 TAG = "discriminator"
 
 
-class SlowableEngine(TrainEngine):
-    """A training engine of which single steps can be made at a part of the learning rate."""
-
-    def step_at(self, part: float) -> StepReport:
-        """`step` at `part` of the learning rate that the schedule gives it."""
-        groups = self._engine.optimizer.param_groups
-        usual = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] *= part
-        report = self.step()
-        if report.skipped:  # then the schedule has not set the next rate either
-            for group, lr in zip(groups, usual, strict=True):
-                group["lr"] = lr
-        return report
-
-
 class DiscriminatorTrainer:
     """A discriminator and its optimiser; `version` counts its updates.
 
@@ -76,9 +60,7 @@ class DiscriminatorTrainer:
         self.settings = settings
         self.version = version
         self.truth = truth
-        if settings.gradient_checkpointing:
-            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        self.engine = SlowableEngine(model, settings.optimiser, total_steps)
+        self.engine = self._engine_of(model)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.replay = Replay(max(1, settings.replay.pairs // self.ranks), seed + self.rank)
         self.alarms = Alarms(settings.guard, settings.view_names)
@@ -126,19 +108,25 @@ class DiscriminatorTrainer:
         metrics |= score_quantiles([score for part in parts for score in part[3]])
         return metrics | self.alarms.metrics() | watch_figures([rollouts for part in parts for rollouts in part[2]])
 
+    def _engine_of(self, model: Discriminator) -> TrainEngine:
+        if self.settings.gradient_checkpointing:
+            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        return TrainEngine(model, self.settings.optimiser, self._total_steps)
+
     def _restore(self) -> None:
         """Begin anew from the warmed-up discriminator; its weights are those of a new version."""
         assert self._warmed_up is not None
         self.engine.destroy()
+        del self.engine, self.model  # two of them might not fit
         self.model = self._warmed_up()
-        self.engine = SlowableEngine(self.model, self.settings.optimiser, self._total_steps)
+        self.engine = self._engine_of(self.model)
 
     def _canary(self, group: Group) -> dict[str, float]:
         due = self._steps % self.settings.canary_every == 0
         self._steps += 1
         if not due or self.rank or self.settings.scorers:
             return {}
-        return {"discriminator/canary_gap": check_canary(self.model, self.encoder, group, self.version)}
+        return {"discriminator/canary_gap": check_canary(self.model, self.encoder, group)}
 
     @property
     def _share(self) -> float:
@@ -165,7 +153,7 @@ class DiscriminatorTrainer:
         balance = settings.balance_coefficient if warming else settings.alignment_balance_coefficient
         self.model.train()
         sums += Update(self.engine, settings, balance).run(cut, [*units, *replayed, *foreign])
-        report = self.engine.step_at(0.5 if "lower_rate" in self.alarms.remedies() else 1.0)
+        report = self.engine.step(0.5 if "lower_rate" in self.alarms.remedies() else 1.0)
         self.version += 1
         return sums, report
 

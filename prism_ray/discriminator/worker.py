@@ -74,7 +74,7 @@ class Judging:
 
     def canary(self, group: Group) -> float:
         """0, or CanaryBreach if this judge does not score the group's reference and the same text alike."""
-        return check_canary(self.model, self.encoder, group, self.version)
+        return check_canary(self.model, self.encoder, group)
 
     def _load(self, cpus: float) -> Discriminator:
         torch.set_num_threads(max(1, math.ceil(cpus)))

@@ -66,6 +66,19 @@ def estimate(
     return Advantages(estimator(rewards_N, judged.group_ids_N), judged.valid_N)
 
 
+def open_share(judged: Judged, settings: AdvantageSettings, views: Sequence[ViewSettings]) -> Tensor:
+    """How much of each response's signal [N] (float64, 0..1) its gates let through: the weighted mean over the views.
+
+    An invalid response counts in full, for its penalty is no view's; so does all under estimators without views.
+    """
+    shut_N = torch.zeros(len(judged.valid_N), dtype=torch.float64)
+    if settings.estimator in VIEW_ESTIMATORS:
+        for view, share in shares_of(views).items():
+            if view in judged.gates:
+                shut_N += share * (1 - judged.gates[view].double())
+    return 1 - torch.where(judged.valid_N.bool(), shut_N, 0.0)
+
+
 def grpo(rewards_N: Tensor, group_ids_N: Tensor) -> Tensor:
     """(r - mean) / (std + 1e-6) within each group, std unbiased (n - 1), as verl, SkyRL, TRL and PRISM's code.
 

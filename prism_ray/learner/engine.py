@@ -103,11 +103,21 @@ class TrainEngine:
         """
         self._engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
 
-    def step(self) -> StepReport:
-        """Sum the gradients over the ranks, clip, update; leaves the gradients empty."""
+    def step(self, part: float = 1.0) -> StepReport:
+        """Sum the gradients over the ranks, clip, update; leaves the gradients empty.
+
+        `part` of the learning rate that the schedule gives: AdamW's steps do not become smaller with the gradient.
+        """
+        groups = self._engine.optimizer.param_groups
+        usual = [group["lr"] for group in groups]
+        for group, lr in zip(groups, usual, strict=True):
+            group["lr"] = lr * part
         lr = self._engine.get_lr()[0]
         self._engine.step()
         skipped = not self._engine.was_step_applied()
+        if skipped:  # then the schedule has not set the next rate either
+            for group, rate in zip(groups, usual, strict=True):
+                group["lr"] = rate
         norm = self._engine.get_global_grad_norm()
         return StepReport(math.inf if skipped else float(norm), lr, skipped)
 

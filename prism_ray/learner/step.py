@@ -21,6 +21,7 @@ from prism_ray.config.objective import (
     check_together,
 )
 from prism_ray.config.views import DEFAULT_VIEWS, ViewSettings
+from prism_ray.learner.advantages import open_share
 from prism_ray.learner.correction import needs_proximal_forward, sequence_ratio, usable_tokens
 from prism_ray.learner.diagnostics import merge, summarise
 from prism_ray.learner.kl import kl_estimate
@@ -41,7 +42,7 @@ class Engine(Protocol):
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
-    def step(self) -> Any: ...
+    def step(self, part: float = 1.0) -> Any: ...
     def over_ranks(self, values: Sequence[float], how: str) -> list[float]: ...
     @property
     def equal_forwards(self) -> bool: ...
@@ -105,7 +106,7 @@ def update(
         entropy += entropy_sum
     for _ in range(share.missing):
         engine.backward(share.nothing())
-    report = engine.step()
+    report = engine.step(share.open)
     tokens = float(work.mask_NR.sum())
     means = work.means | {"policy/entropy": (entropy, tokens), "staleness/mean": _staleness(work, version)}
     means["learner/packing_efficiency"] = share.efficiency()
@@ -169,12 +170,18 @@ class _Share:
         off_reward = recipe.objective.kl_coef and recipe.objective.kl_in == "reward"
         penalty_N = self._kl_penalty() if off_reward else None
         self._advantage_NR = work.advantages(recipe.advantage, recipe.objective.max_response_tokens, penalty_N)
+        open_N = open_share(work.judged, recipe.advantage, work.views)
         mine = count_denominators(work.mask_NR)
         if recipe.correction.normalise:
             mine = mine + self._weight_sums()
         names = list(vars(mine))
-        totals = self.engine.over_ranks([getattr(mine, name) for name in names], "sum")
+        totals = [*(getattr(mine, name) for name in names), float(open_N.sum()), float(len(open_N))]
+        *totals, opened, responses = self.engine.over_ranks(totals, "sum")
         self._denominators = Denominators(**dict(zip(names, totals, strict=True)))
+        self.open = opened / responses
+        """Part of a step that gates leave: the step is made at this part of the learning rate, and the advantages are
+        as large as ever, since AdamW would make up for smaller ones within some steps."""
+        self._advantage_NR /= self.open or 1.0
 
     def loss(self, index: int) -> tuple[Tensor, Any, float]:
         """The loss of one micro-batch, its metric sums, and the sum of its entropies."""

@@ -60,6 +60,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
     base |= {f"corpus/{name}": _corpus(session, name) for name in ("pretrain", "base")}
     sampling = _what_shapes(s.rollout) | {"seed": s.seed}
     judge = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING)}
+    warmed_up = {"discriminator": s.discriminator.model_dump(exclude=_WATCHING | _ALIGNING)}
     aligned_by = judge if s.align.judge == "own" else depends_on(s)
     verified_by = {"verify": verdicts_of(s.verify)} if s.rlvr.judge == "own" else depends_on(s)
     full = s.align.updates + s.rlvr.updates
@@ -87,7 +88,7 @@ def stages_of(session: Session) -> dict[str, Stage]:
                 "warmup": s.warmup,
                 "corpus": _corpus(session, "warmup" if s.data.warmup else "align"),
                 "seed": s.seed,
-                **judge,
+                **warmed_up,
                 **_what_shapes(s.rollout),
             },
             lambda: session.until_stopped(_warmup(session)),
@@ -204,6 +205,8 @@ _NOT_SHAPING = {
 """Settings of the learner that say where and how fast it computes, not what."""
 _WATCHING = {"timeout_s", "micro_batch_tokens", "canary_every", "probe_margin", *JUDGING_FIELDS}
 """Settings of the discriminator that place, bound, cut or watch its work without changing it."""
+_ALIGNING = {"gate", "replay", "guard", "importance_cap", "updates_per_step", "alignment_balance_coefficient"}
+"""Those that warm-up has no use for."""
 
 
 def _what_shapes(rollout: RolloutSettings) -> dict[str, Any]:

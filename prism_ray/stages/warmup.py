@@ -131,14 +131,17 @@ async def _train(session: Session, name: str, engines: Sampler, judge: Discrimin
                 )
             metrics = await judge.warm_up(batch)
             step += 1
-            if step % MEASURE_EVERY == 0 or step == settings.max_steps:
+            measured = step % MEASURE_EVERY == 0 or step in (settings.min_steps, settings.max_steps)
+            if measured:
                 accuracy = await judge.measure(held_out)
                 metrics |= {f"{key}_held_out": value for key, value in accuracy.items()}
             session.metrics.write(name, step, metrics)
             progress.update(step, **metrics)
-            if step >= settings.min_steps and _weakest(accuracy, views) >= settings.target_accuracy:
+            if measured and step >= settings.min_steps and _weakest(accuracy, views) >= settings.target_accuracy:
                 break
-    _report(session, name, step, await judge.examine(held_out, WORST_PAIRS))
+    examination = await judge.examine(held_out, WORST_PAIRS)
+    _report(session, name, step, examination)
+    accuracy = examination.metrics
     if _weakest(accuracy, views) < settings.target_accuracy:
         raise WeakDiscriminator(
             f"after {step} warm-up steps the held-out pair accuracy is "

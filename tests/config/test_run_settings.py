@@ -57,7 +57,22 @@ def test_an_objective_that_counts_a_ratio_twice_is_refused_before_anything_runs(
 def test_a_gate_that_the_estimator_would_undo_is_refused_before_anything_runs(setting):
     with pytest.raises(ConfigError, match="prism_paper normalises the sum of the views"):
         load_config(RunSettings, None, ["align.advantage.estimator=prism_paper", setting])
+    for estimator in ("grpo", "dr_grpo", "rloo"):
+        of_rewards = [f"align.advantage.estimator={estimator}", "align.advantage.credit=all_tokens"]
+        with pytest.raises(ConfigError, match=f"{estimator} sees a response's reward alone"):
+            load_config(RunSettings, None, [*of_rewards, setting])
+        load_config(RunSettings, None, of_rewards)
+    with pytest.raises(ConfigError, match="align.judge is serve, a judge that does not learn"):
+        load_config(RunSettings, None, ["align.judge=serve", "served.url=http://localhost:8000", setting])
     load_config(RunSettings, None, ["align.advantage.estimator=prism_code", setting])
+
+
+def test_scorers_that_may_be_older_than_verdicts_may_be_are_refused():
+    strict = ["align.loop.max_judge_lag=0", "discriminator.scorers=1"]
+    with pytest.raises(ConfigError, match="lets scorers judge with weights that are 1 updates old"):
+        load_config(RunSettings, None, strict)
+    load_config(RunSettings, None, [*strict, "discriminator.max_scorer_lag=0"])
+    load_config(RunSettings, None, ["align.loop.max_judge_lag=0"])
 
 
 def test_an_unknown_stage_is_refused():

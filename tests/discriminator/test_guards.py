@@ -211,9 +211,9 @@ def test_a_halved_rate_makes_a_smaller_step_and_a_skipped_one_leaves_the_rate_al
     assert moved[1] == pytest.approx(0.5 * moved[0], rel=0.05)
     engine = half.engine
     engine.run(lambda model: engine.backward(model.head.weight.sum() * math.nan))
-    assert engine.step_at(0.5).skipped
+    assert engine.step(0.5).skipped
     engine.run(lambda model: engine.backward(model.head.weight.sum()))
-    assert engine.step_at(1.0).lr == pytest.approx(half.settings.optimiser.lr)
+    assert engine.step().lr == pytest.approx(half.settings.optimiser.lr)
 
 
 def test_raise_replay_keeps_pairs_from_the_start_and_replays_them_while_the_alarm_rings(train, easy):
@@ -251,6 +251,18 @@ def test_restore_begins_anew_from_the_warmed_up_judge_once_an_alarm_begins(train
     assert trainer.alarms.begun == set() and trainer.version == 2
     moved = trainer.engine.weights()
     assert any(not torch.equal(first[name], weight) for name, weight in moved.items()), "and it learns on from there"
+
+
+def test_a_restored_judge_recomputes_its_activations_as_before(train, easy, build, encoder):
+    settings = build(guard=guarded(on_separable="restore", on_chance="restore"), gradient_checkpointing=True).settings
+    trainer = DiscriminatorTrainer(build(), encoder, settings, warmed_up=build)
+    assert trainer.model.backbone.is_gradient_checkpointing
+    before = trainer.model
+    trainer.learn(easy(0))
+    assert trainer.alarms.begun == {"restore"} and trainer.model is not before
+    assert trainer.model.backbone.is_gradient_checkpointing
+    trainer.alarms = Alarms(GuardSettings(), VIEW_NAMES)
+    trainer.learn(easy(1))
 
 
 def test_restore_without_anything_to_restore_is_refused(train):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,19 @@ def test_other_prompts_references_are_negatives_for_every_group(groups):
     later = foreign_groups(made, each=1, turn=1)
     assert [t.rollouts[0].prompt_id for t in later] == ["prompt-2", "prompt-0", "prompt-1"]
     assert foreign_groups(made[:1], each=2) == [] and foreign_groups([made[0], made[0]], each=1) == []
+
+
+def test_no_prompt_with_the_same_images_gives_negatives(groups):
+    """Its reference may be true of this one: another question about the picture, or the question by another teacher."""
+    first, second, other = groups(3)
+    alike = replace(second, prompt=replace(second.prompt, images=first.prompt.images))
+    twins = foreign_groups([first, alike, other], each=2)
+    assert [[r.prompt_id for r in t.rollouts] for t in twins] == [["prompt-2"], ["prompt-2"], ["prompt-0", "prompt-1"]]
+    assert foreign_groups([first, alike], each=2) == []
+    blind = [replace(g, prompt=replace(g.prompt, images=())) for g in (first, second, other)]
+    assert foreign_groups(blind, each=2) == [], "without images, those that are asked the same"
+    asked = replace(blind[1], prompt=replace(blind[1].prompt, messages=({"role": "user", "content": "another"},)))
+    assert len(foreign_groups([blind[0], asked], each=2)) == 2
 
 
 def test_negatives_train_beside_the_rollouts_and_are_reported_apart(train, group_of, response, encoder):

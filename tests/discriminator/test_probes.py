@@ -152,9 +152,18 @@ def test_the_canary_is_silent_on_a_healthy_judge_and_names_view_and_prompt_of_a_
     build, encoder, tiny_folder, group_of, response
 ):
     group = group_of(3, response(), response(" green"))
-    assert check_canary(build(), encoder, group, 0) == 0.0
+    assert check_canary(build(), encoder, group) == 0.0
     with pytest.raises(CanaryBreach, match="prompt prompt-3: the perception of its reference scores"):
-        check_canary(build(), UnevenEncoder(tiny_folder, 128), group, 0)
+        check_canary(build(), UnevenEncoder(tiny_folder, 128), group)
+
+
+def test_the_canary_sees_scores_that_depend_on_more_than_the_text(build, encoder, group_of, response, monkeypatch):
+    model = build(head_dropout=0.5)
+    group = group_of(3, response(), response(" green"))
+    assert check_canary(model.train(), encoder, group) == 0.0
+    monkeypatch.setattr(model, "eval", lambda: model)  # dropout stays on
+    with pytest.raises(CanaryBreach, match="perception of its reference scores"):
+        check_canary(model.train(), encoder, group)
 
 
 def test_the_canary_takes_a_score_that_is_no_number_for_a_breach(build, encoder, group_of, response):
@@ -162,7 +171,7 @@ def test_the_canary_takes_a_score_that_is_no_number_for_a_breach(build, encoder,
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
     with pytest.raises(CanaryBreach, match="nan"):
-        check_canary(model, encoder, group_of(0, response(), response(" green")), 0)
+        check_canary(model, encoder, group_of(0, response(), response(" green")))
 
 
 def test_the_canary_runs_at_the_start_and_every_so_many_steps(train, group_of, response):

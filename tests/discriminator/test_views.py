@@ -92,7 +92,7 @@ def test_training_probes_canary_and_examination_name_every_view(train, encoder, 
     made = groups()
     metrics = trainer.learn([j.group for j in trainer.judge(made)])
     found = trainer.examine(made, worst=2)
-    assert check_canary(trainer.model, encoder, made[0], 0) == 0.0
+    assert check_canary(trainer.model, encoder, made[0]) == 0.0
     probed = probe_metrics(group_views(made, encoder, trainer.settings))
     for view in (v.name for v in views):
         assert f"discriminator/train/gap/{view}" in metrics

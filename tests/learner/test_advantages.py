@@ -13,6 +13,7 @@ from prism_ray.learner.advantages import (
     dr_grpo,
     estimate,
     grpo,
+    open_share,
     overlong_penalty,
     replace_invalid,
     rloo,
@@ -232,3 +233,12 @@ def test_a_gate_where_the_sum_is_normalised_is_refused():
         estimate(
             judged(gates=gates), AdvantageSettings(estimator="prism_paper", credit="all_tokens"), 128, DEFAULT_VIEWS
         )
+
+
+def test_what_gates_leave_counts_views_by_weight_and_invalid_responses_in_full():
+    found = judged(gates={"a": torch.tensor([0.0, 1.0, 0.0, 0.0])})
+    views = [ViewSettings(name="a", tags=["caption"], weight=0.3), ViewSettings(name="b", tags=["think"], weight=0.9)]
+    opened = open_share(found, AdvantageSettings(), views)
+    assert opened.tolist() == pytest.approx([0.75, 1.0, 1.0, 0.75]) and opened[1] == 1
+    of_rewards = AdvantageSettings(estimator="grpo", credit="all_tokens")
+    assert open_share(found, of_rewards, views).tolist() == [1] * 4

@@ -159,6 +159,36 @@ def test_no_trajectory_is_blamed_for_what_overflows_elsewhere(spoilt, index):
     assert all(rank[index].skipped and rank[index].suspects == () for rank in spoilt)
 
 
+def gated(groups, gate):
+    """The groups' valid rollouts, with this gate on every view."""
+
+    def verdict(v):
+        return replace(v, parts=v.parts | {f"gate/{view}": gate for view in v.scores})
+
+    return [
+        replace(g, rollouts=g.rollouts[:-1], verdicts=tuple(verdict(v) for v in g.verdicts[:-1])) for g in groups[:2]
+    ]
+
+
+def test_a_gate_makes_steps_smaller_for_as_long_as_it_stands(policy_folder, groups, run_ranks):
+    """AdamW makes up for smaller gradients, and would go on as fast as before; momentum would let a shut one coast."""
+    moved, start = {}, load_policy(policy_folder).state_dict()
+    for gate in (1.0, 0.25, 0.0):
+        inputs = {"policy": policy_folder, "groups": {1: [gated(groups, gate)]}, "recipes": [(PRISM, {})]}
+        ((done,),) = run_ranks("updates", 1, inputs | {"versions": [3] * 4})
+        assert [outcome.lr for outcome in done["outcomes"]] == pytest.approx([1e-5 * gate] * 4)
+        moved[gate] = float(difference(done["weights"], {name: start[name] for name in done["weights"]}))
+    assert moved[1.0] > 1e-6 and moved[0.0] == 0.0
+    assert 0.2 < moved[0.25] / moved[1.0] < 0.33, "not quite in proportion: it meets other gradients on its way"
+
+
+def test_what_gates_leave_of_a_batch_is_known_on_every_rank(policy_folder, groups, run_ranks):
+    ranks = [gated(groups[:1], 0.5), groups[1:2]]
+    inputs = {"policy": policy_folder, "groups": {2: ranks}, "recipes": [(PRISM, {})], "versions": [3]}
+    for (done,) in run_ranks("updates", 2, inputs):
+        assert done["outcomes"][0].lr == pytest.approx(1e-5 * (3 * 0.5 + 4) / 7)
+
+
 def test_staleness_and_rewards_are_reported(splits, groups):
     means = figures([splits[0][0][0]["outcomes"][0]])
     assert means["staleness/mean"] == pytest.approx((4 * 0 + 4 * 1 + 2 * 2) / 10)

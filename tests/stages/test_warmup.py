@@ -18,12 +18,13 @@ from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.run import RunSettings
 from prism_ray.discriminator.model import create_discriminator
 from prism_ray.discriminator.pool import DiscriminatorPool
-from prism_ray.discriminator.probes import PROBES
+from prism_ray.discriminator.probes import PROBES, Examination
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.report.metrics import MetricsLog, read_metrics
 from prism_ray.report.summary import Summary
 from prism_ray.response import render
+from prism_ray.stages import warmup
 from prism_ray.stages.session import Session
 from prism_ray.stages.warmup import WORST_FILE, WeakDiscriminator, _question, _sample, _train, run_warmup
 from prism_ray.verify.answer import truth_of
@@ -123,6 +124,25 @@ def test_a_warm_up_stops_at_its_target_and_says_how_good_the_judge_is(folder, tm
     assert last["discriminator/probe/length/perception"] == 1.0
     assert "warmup: length alone orders 1.00 of the held-out perception pairs" in caplog.text
     assert rows[0]["discriminator/canary_gap"] == 0.0 and "discriminator/canary_gap" not in rows[1]
+
+
+def test_what_is_reached_is_what_the_last_weights_reach(folder, tmp_path, monkeypatch):
+    """Not what earlier ones did, where warm-up ends at an odd step."""
+    measured = []
+
+    async def measure(self, groups):
+        measured.append(self.version)
+        return {f"discriminator/pair_accuracy/{view}": float(self.version < 3) for view in VIEW_NAMES}
+
+    async def examine(self, groups, worst):
+        return Examination(await measure(self, groups), [], [])
+
+    monkeypatch.setattr(DiscriminatorPool, "measure", measure)
+    monkeypatch.setattr(DiscriminatorPool, "examine", examine)
+    monkeypatch.setattr(warmup, "_report", lambda *_: None)
+    with pytest.raises(WeakDiscriminator, match="after 4 warm-up steps"):
+        warm_up(folder, tmp_path, "warmup.target_accuracy=0.9", "warmup.min_steps=3", "warmup.max_steps=4")
+    assert measured == [2, 3, 4, 4]
 
 
 def test_the_pairs_it_is_most_wrong_about_are_written_with_their_ids_even_if_it_is_too_weak(folder, tmp_path):
