@@ -1,5 +1,6 @@
 """The collection against a local endpoint that misbehaves: everything arrives, nothing is paid twice, no key leaks."""
 
+import asyncio
 import base64
 import io
 import json
@@ -18,6 +19,7 @@ from jobs.collect import main
 from prism_ray.config.collect import CollectSettings
 from prism_ray.config.load import load_config
 from prism_ray.config.models import TinyModelSettings
+from prism_ray.corpora.collect import Collector
 from prism_ray.corpora.collect_journal import CollectError, replay
 from prism_ray.corpora.references import facts_of
 from prism_ray.corpora.rows import prompt_from_row
@@ -202,6 +204,32 @@ def test_a_cap_in_tokens(start, corpus):
     assert summary["status"] == "stopped"
     assert 1500 - 160 < summary["spent"]["input"] + summary["spent"]["output"] <= 1500, "the estimate learns"
     assert sum(server.billed.values()) == 9
+
+
+def test_an_estimate_that_is_far_too_low_is_learned_once_by_all_that_ask_together(start, corpus):
+    server = start()
+    server.slow_s = 0.1
+    wanted = ("asking.concurrency=16", "spending.tokens_per_image=1", "spending.max_tokens=1000000")
+    summary = collect(settings(server, corpus, *wanted))
+    assert summary["status"] == "completed" and summary["agreement"]["references"] == 24
+    state, _ = replay(corpus.parent / "out" / "answers.jsonl")
+    raw = min(line["raw"] for line in lines(corpus, "ask"))
+    assert state.excess == 100 / raw > 2
+    assert max(line["input"] for line in lines(corpus, "ask")) <= 101
+
+
+def test_what_is_refunded_shortens_the_wait_of_those_who_wait_already(start, corpus, monkeypatch):
+    """Each question books 8,192 tokens of answer, or hours; only looking again shows that it took 50."""
+    slept = []
+
+    async def sleeping(self, seconds):
+        slept.append(seconds)
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Collector, "_sleep", sleeping)
+    wanted = ("asking.concurrency=4", "asking.tokens_per_minute=100000", "spending.tokens_per_image=1000000", "limit=8")
+    assert collect(settings(start(), corpus, *wanted))["status"] == "completed"
+    assert slept and max(slept) <= 1.0
 
 
 def test_a_lost_answer_counts_as_paid_in_full(start, corpus):
