@@ -34,7 +34,7 @@ from prism_ray.rollout.sampling import Sampling
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.supervision import fetch
-from prism_ray.stages.batches import made_alike, needs_of, next_batch, until_signal, verdicts_of
+from prism_ray.stages.batches import made_alike, needs_of, next_batch, refusal_of, until_signal, verdicts_of
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -164,7 +164,9 @@ def _stats(files: Sequence[Path]) -> list[Any]:
 async def _sample_all(settings: EvaluationSettings, first: int, wanted: int) -> None:
     """Sample and judge from the first missing position on."""
     tokens = TokenCounter(settings.checkpoint, settings.rollout.max_prompt_tokens)
-    needs = replace(needs_of(tokens, settings.rollout, settings.corpora), ground_truth=True)
+    refusal = refusal_of(settings.by, settings.evaluate.truth, settings.verify)
+    needs = needs_of(tokens, settings.rollout, settings.corpora)
+    needs = replace(needs, ground_truth=True, truth_refusal=refusal)
     quarantine = settings.output / "quarantine.parquet"
     stream = PromptStream(corpus_of(settings), needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})

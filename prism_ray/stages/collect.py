@@ -36,7 +36,7 @@ from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import read_prompts
 from prism_ray.records import Prompt
 from prism_ray.report.progress import Progress
-from prism_ray.verify.answer import truth_of
+from prism_ray.verify.answer import AnswerEnvironment, truth_of
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +224,8 @@ def write_references(settings: CollectSettings, journal: Journal) -> dict[str, i
 
 
 def _agrees(text: str, prompt: Prompt) -> bool | None:
-    """Whether the answer is the known one; None where none is known."""
-    if not prompt.ground_truth.strip():
+    """Whether the answer is the known one; None where none is known that answers can be compared with."""
+    if AnswerEnvironment.refusal(prompt):
         return None
     return truth_of(text, prompt)["answer"] > 0.5
 

@@ -27,6 +27,7 @@ from prism_ray.verify.rules import MAX_ANSWER, Judged, judge, quantity_of
 from prism_ray.verify.symbolic import SymbolicChecker
 
 ID = "prism/Answer-v0"
+TRUTH = f"{__name__}:truth_of"
 MATH, CHOICE, NUMBER = "prism/Math-v0", "prism/MultipleChoice-v0", "prism/Number-v0"
 
 MORE_LETTERS = "ABCDEFGHIJ"
@@ -55,9 +56,8 @@ class AnswerEnvironment(ResponseEnvironment):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin an episode on `options["prompt"]`; ValueError without one, or where its truth cannot be used."""
         prompt = (options or {}).get("prompt")
-        if isinstance(prompt, Prompt):
-            for truth in truths_of(prompt):
-                self.check_truth(truth, prompt.id)
+        if isinstance(prompt, Prompt) and (why := self.refusal(prompt)):
+            raise ValueError(why)
         return super().reset(seed=seed, options=options)
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -68,7 +68,18 @@ class AnswerEnvironment(ResponseEnvironment):
     def verify(self, text: str, prompt: Prompt) -> Reward:
         return judge_response(text, prompt.ground_truth, lambda answer, _: self._accuracy(answer, truths_of(prompt)))
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
+    @classmethod
+    def refusal(cls, prompt: Prompt) -> str:
+        """Why this environment cannot judge answers to a prompt's ground truth; "" if it can."""
+        try:
+            for truth in truths_of(prompt):
+                cls.check_truth(truth, prompt.id)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
         """ValueError with a sentence where this environment cannot judge answers to that truth."""
 
     def close(self) -> None:
@@ -104,10 +115,11 @@ class MultipleChoiceEnvironment(AnswerEnvironment):
 
     letters = MORE_LETTERS
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
-        if option_of(clean(truth), self.letters) is None:
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
+        if option_of(clean(truth), cls.letters) is None:
             raise ValueError(
-                f"prompt {prompt_id}: the ground truth {truth[:40]!r} names no option A to {self.letters[-1]};"
+                f"prompt {prompt_id}: the ground truth {truth[:40]!r} names no option A to {cls.letters[-1]};"
                 f" set verify.environment to {ID} for answers of other kinds"
             )
 
@@ -117,7 +129,8 @@ class NumberEnvironment(AnswerEnvironment):
 
     letters = ""
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
         if quantity_of(truth) is None:
             raise ValueError(
                 f"prompt {prompt_id}: the ground truth {truth[:40]!r} is no number;"

@@ -263,6 +263,16 @@ def test_rows_that_cannot_be_used_are_not_asked(start, tmp_path, make):
     assert pq.read_table(tmp_path / "out" / "quarantine.parquet")["row"].to_pylist() == [5]
 
 
+def test_an_answer_whose_truth_cannot_be_compared_with_is_kept_all_the_same(start, tmp_path, make):
+    rows = [make.row(i) for i in range(4)]
+    rows[2]["reward_model"] = {"ground_truth": "7" * 2000, "style": "rule"}
+    rows[3]["extra_info"] = json.dumps({"id": "row-3", "equivalent_answers": "7"})
+    corpus = make.write(tmp_path / "prompts.parquet", rows)
+    summary = collect(settings(start(), corpus, "only_agreeing=true"))
+    assert summary["agreement"] == {"references": 4, "known": 2, "agreeing": 2}
+    assert [row["agrees"] for row in references(corpus)] == [True, True, None, None]
+
+
 def test_an_id_is_paid_once_and_a_file_that_is_named_twice_too(start, tmp_path, make):
     rows = [make.row(i % 3, prompt=[{"role": "user", "content": f"<image>what is {i}"}]) for i in range(9)]
     corpus = make.write(tmp_path / "prompts.parquet", rows)

@@ -1,4 +1,5 @@
 import io
+import pickle
 
 import gymnasium
 import numpy as np
@@ -10,6 +11,7 @@ from prism_ray.records import Prompt
 from prism_ray.response import render
 from prism_ray.verify.answer import truth_of
 from prism_ray.verify.environment import AnyText
+from prism_ray.verify.judging import truth_refusal
 
 IDS = ("prism/Answer-v0", "prism/Math-v0", "prism/MultipleChoice-v0", "prism/Number-v0")
 
@@ -103,6 +105,19 @@ def test_each_kind_of_answer_has_its_environment():
 def test_a_truth_of_another_kind_is_named(name, truth, what):
     with pytest.raises(ValueError, match=f"prompt p: the ground truth '{truth}' {what}; .*prism/Answer-v0"):
         rewards(name, truth, "5")
+
+
+def test_what_an_environment_cannot_judge_is_known_ahead_and_in_other_processes():
+    def refused(name, truth, **extra):
+        refusal = pickle.loads(pickle.dumps(truth_refusal(name)))
+        return refusal(Prompt("p", (), ground_truth=truth, extra=extra))
+
+    assert refused("prism/Answer-v0", "7" * 1023) == ""
+    assert "longer than 1023 characters" in refused("prism/Answer-v0", "7" * 1024)
+    assert "is no list" in refused("prism/Math-v0", "7", equivalent_answers="7")
+    assert "names no option" in refused("prism/MultipleChoice-v0", "5 cm") and not refused("prism/Math-v0", "5 cm")
+    assert "is no number" in refused("prism/Number-v0", "red")
+    assert truth_refusal("prism_ray.testbed.environment:prism/Testbed-v0") is None
 
 
 def test_any_of_the_equivalent_answers_is_right():
