@@ -119,7 +119,7 @@ def split_values(text: str) -> Iterator[list[str]]:
 def words(text: str) -> str:
     """A cleaned text as words only: no case, no quotes, no punctuation between words, no article before the first.
 
-    What may be a prime, a factorial, a product, an index or inches stays: `3!`, `f'(x)`, `2*3` are not `3`, `f(x)`, `23`.
+    What may be a prime, a factorial, a product, a base or inches stays: `3!`, `f'(x)`, `2*3` are not `3`, `f(x)`, `23`.
     """
     text = text.casefold().replace("?", "")
     if "\\" not in text:

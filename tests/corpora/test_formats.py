@@ -172,6 +172,31 @@ def test_other_columns_are_mapped_by_config(tmp_path, make, kind):
         find_fragments([path])
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_that_another_name_is_mapped_from_no_longer_counts_under_its_own(tmp_path, kind):
+    row = {"prompt": "why?", "id": "6", "messages": "read 1 times", "extra_info": {"id": "x", "final": "red"}}
+    path = tmp_path / f"a.{kind}"
+    write_lines(path, [row]) if kind == "jsonl" else pq.write_table(pa.Table.from_pylist([row]), path)
+    columns = {"question": "prompt", "answer": "id", "system": "messages"}
+    (prompt,) = prompts(SourceSettings(path=path, columns=columns))
+    assert [turn["content"] for turn in prompt.messages] == ["read 1 times", "why?"]
+    assert (prompt.ground_truth, prompt.id) == ("6", "x")
+    (order,) = [RowOrder(find_fragments([SourceSettings(path=path, columns=columns)]), 0)]
+    assert [id_said(r) for p in order.pieces(0, 1) for *_, r in read_piece(p, ID_COLUMNS)] == ["x"]
+    inside = {"question": "prompt", "answer": "extra_info.final"}
+    (prompt,) = prompts(SourceSettings(path=path, columns=inside | {"id": "id", "data_source": "messages"}))
+    assert (prompt.ground_truth, prompt.id, prompt.extra["id"]) == ("red", "6", "x")
+    with pytest.raises(CorpusError, match="no column reward_model"):
+        find_fragments([SourceSettings(path=path, columns={"id": "extra_info"})], ("prompt", "reward_model"))
+
+
+def test_several_images_may_be_mapped_to_the_name_of_one(tmp_path, make):
+    (tmp_path / "0.png").write_bytes(make.png(1))
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "<image><image>?", "images": ["0.png", "0.png"]}])
+    (prompt,) = prompts(SourceSettings(path=path, columns={"image": "images"}))
+    assert prompt.images == (make.png(1),) * 2
+
+
 def test_a_format_can_be_named_and_an_unknown_one_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.txt", [line(0)])
     with pytest.raises(CorpusError, match=r"a.txt: not known what .txt is .*name it as `format`"):
