@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,6 +102,37 @@ def test_quarantine_counts_writes_and_stops(tmp_path):
     bad.write(tmp_path / "q.parquet")
     kept = pq.read_table(tmp_path / "q.parquet").to_pylist()
     assert [k["row"] for k in kept] == [1, 2, 3] and kept[2]["detail"] == "no text"
+
+
+def test_a_torn_quarantine_is_set_aside_and_written_anew(tmp_path, caplog):
+    path = tmp_path / "q.parquet"
+    bad = Quarantine("corpus", rows=100, max_share=0.02)
+    bad.add([Quarantined("a", 1, "prompt: empty")])
+    bad.write(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    bad.write(path)
+    assert [k["row"] for k in pq.read_table(path).to_pylist()] == [1]
+    assert (tmp_path / "q.parquet.unreadable").read_bytes() == whole[: len(whole) // 2]
+    assert "q.parquet cannot be read" in caplog.text and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_quarantine_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "q.parquet"
+    bad = Quarantine("corpus", rows=100, max_share=0.5)
+    bad.add([Quarantined("a", 1, "prompt: empty")])
+    bad.write(path)
+    before = path.read_bytes()
+
+    def killed(table, place):
+        Path(place).write_bytes(b"PAR1")
+        raise KeyboardInterrupt
+
+    bad.add([Quarantined("a", 2, "prompt: empty")])
+    monkeypatch.setattr(pq, "write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bad.write(path)
+    assert path.read_bytes() == before
 
 
 def test_no_bad_rows_no_file(tmp_path):
