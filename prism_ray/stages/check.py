@@ -105,7 +105,7 @@ def _portrait(name: str, sources: Sequence[Source], settings: RunSettings, polic
     corpus = Portrait(name, Quarantine(names_of(sources), 0, settings.corpora.max_bad_share))
     columns = (*COLUMNS_OF.get(name, ("prompt",)), *columns_for(name, settings))
     try:
-        corpus.fragments = find_fragments(sources, columns, settings.corpora.max_json_mb)
+        corpus.fragments = find_fragments(sources, columns, settings.corpora)
         _read(corpus, settings, policy)
     except CorpusError as error:
         corpus.error = str(error)

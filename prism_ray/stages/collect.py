@@ -47,7 +47,7 @@ class Prompts:
     """The usable prompts of the corpora, in the files' order; what cannot be used goes into quarantine."""
 
     def __init__(self, settings: CollectSettings) -> None:
-        self._fragments = counted(find_fragments(settings.prompts, max_json_mb=settings.corpora.max_json_mb))
+        self._fragments = counted(find_fragments(settings.prompts, settings=settings.corpora))
         self._settings = settings
         rows = sum(map(rows_of, self._fragments))
         self.rows = min(rows, settings.limit or rows)

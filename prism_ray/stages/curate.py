@@ -84,7 +84,7 @@ def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
 
 
 def _fragments(settings: CurateSettings, *columns: str) -> list[Fragment]:
-    return find_fragments(settings.prompts, columns, settings.corpora.max_json_mb)
+    return find_fragments(settings.prompts, columns, settings.corpora)
 
 
 def _stats(files: Sequence[Path]) -> list[Any]:

@@ -1,10 +1,14 @@
 import pickle
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at, read_piece
 
@@ -78,6 +82,23 @@ def test_missing_column_and_no_rows(tmp_path, make):
     make.write(tmp_path / "b.parquet", [])
     with pytest.raises(CorpusError, match="b.parquet: no rows"):
         find_fragments([tmp_path / "b.parquet"])
+
+
+def test_a_row_group_too_large_to_be_read_at_once_is_refused_with_the_command_that_makes_smaller_ones(
+    tmp_path, make, monkeypatch
+):
+    path = make.write(tmp_path / "a.parquet", map(make.row, range(40)), group=40)
+    size = pq.ParquetFile(path).metadata.row_group(0).total_byte_size / 2**20
+    find_fragments([path], settings=CorporaSettings(max_row_group_mb=size))
+    with pytest.raises(CorpusError, match="a.parquet: row group 0 holds .* MB .corpora.max_row_group_mb is ") as caught:
+        find_fragments([path], settings=CorporaSettings(max_row_group_mb=size / 4))
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert command[0] == "python"
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert pq.read_table("a_small.parquet").equals(pq.read_table(path))
+    small = find_fragments([tmp_path / "a_small.parquet"], settings=CorporaSettings(max_row_group_mb=size / 4))
+    assert len(small) > 4 and sum(f.rows for f in small) == 40
 
 
 def test_damage_inside_a_file_names_it(tmp_path, make):
