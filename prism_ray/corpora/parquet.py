@@ -48,8 +48,8 @@ def _refuse_large(file: str, meta: pq.FileMetaData, max_mb: float) -> None:
     few = max(1, int(rows * min(_SMALL_MB, max_mb / 2) / sizes[group]))
     small = f"{Path(file).stem}_small.parquet"
     raise CorpusError(
-        f"{file}: row group {group} holds {sizes[group]:.0f} MB (corpora.max_row_group_mb is {max_mb:g}) and is read as a "
-        "whole; name in its place a file with smaller ones, which "
+        f"{file}: row group {group} holds {sizes[group]:.0f} MB (corpora.max_row_group_mb is {max_mb:g}) and is read "
+        "as a whole; name in its place a file with smaller ones, which "
         f"`python -c \"import pyarrow.parquet as p; f = p.ParquetFile('{name}'); w = p.ParquetWriter('{small}', "
         f'f.schema_arrow); [w.write_batch(b) for b in f.iter_batches({few})]; w.close()"` writes'
     )

@@ -40,6 +40,8 @@ _TAKEN = 64
 """Rows that are made Python objects at once."""
 _FIRST = 64
 """Rows of the first reading tasks of a stream."""
+_LOOKED_AT = 64
+"""Rows whose columns are those of a file of JSON: one may lack what the next has."""
 _SAMPLED = 4
 """Fragments that an estimate of the number of rows is made from."""
 
@@ -58,7 +60,7 @@ def find_fragments(
     sources: Sequence[Source], columns: Sequence[str] = REQUIRED_COLUMNS, settings: CorporaSettings = _DEFAULTS
 ) -> list[Fragment]:
     """The fragments of files, folders of them or glob patterns. Of Parquet only the footers are read, of JSON Lines
-    only the first row; a `.json` array is gone through.
+    only the first rows; a `.json` array is gone through.
 
     Raises `CorpusError` for a file that is missing, of another format, truncated, empty, without the named columns, or
     larger in one piece than the settings allow.
@@ -79,8 +81,8 @@ def _fragments(
         found, names = parquet_fragments(file, source, settings.max_row_group_mb)
     else:
         found = json_fragments(file, source, kind == "json", settings.max_json_mb)
-        first = next(json_rows(found[0], [0]))[1] if count_rows(found[0]) else None
-        names = list(first) if isinstance(first, dict) else None
+        first = [row for _, row in json_rows(found[0], list(range(min(_LOOKED_AT, count_rows(found[0])))))]
+        names = list(dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)) or None
     if names is not None and (absent := missing(columns, names, source)):
         raise CorpusError(
             f"{file}: no column {', '.join(absent)} (it has {', '.join(names)}); say which of them it is in `columns`"
