@@ -170,7 +170,7 @@ def summarise(marks: list[Mark], samples: int, skipped: int) -> dict[str, Any]:
 async def held_out(session: Session, policy: Path) -> list[Prompt]:
     """The prompts that every arm's checkpoint is evaluated on."""
     settings = session.settings
-    needs = session.requirements(policy, ground_truth=True)
+    needs = session.requirements(policy, judged_by="verifier")
     stream = PromptStream(session.corpora["evaluate"], needs, settings.corpora, settings.seed)
     try:
         taken = [await stream.take() for _ in range(min(settings.evaluate.prompts, stream.rows))]

@@ -57,6 +57,10 @@ class CorporaSettings(Settings):
     max_json_mb: float = Field(default=256.0, gt=0)
     """Largest `.json` array that is read. Where its rows lie is only known once the whole file was gone through (some
     seconds for so much); JSON Lines and Parquet need no such pass."""
+    max_row_group_mb: float = Field(default=2048.0, gt=0)
+    """Largest row group of a Parquet file, uncompressed. A reading worker holds one as a whole, and some writers
+    (pandas is one) put up to a million rows with their images into one. A file with a larger one is refused with the
+    command that writes smaller ones."""
     look_ahead: int = Field(default=64, ge=1)
     """Prompts read ahead of the loop and held in the object store; a few optimiser steps' worth hides the reading."""
     readers: int = Field(default=1, ge=1)

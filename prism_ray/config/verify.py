@@ -17,8 +17,8 @@ class VerifySettings(Settings):
     it. `prism/Answer-v0` compares answers with the ground truth by every rule; `prism/Math-v0`, `prism/Number-v0` and
     `prism/MultipleChoice-v0` by those of one kind. Your own works the same way, with its module."""
     options: dict[str, Any] = Field(default={})
-    """Keyword arguments of the environment: `{limit_s: 5}` gives the symbolic comparisons of `prism/Answer-v0` five
-    seconds of processor time in place of two, for answers that are long expressions."""
+    """Keyword arguments of the environment: `{limit_s: 5}` gives all symbolic comparisons of an answer, in
+    `prism/Answer-v0`, five seconds of processor time together in place of two, for long expressions."""
     max_turns: int = Field(default=1, ge=1)
     """Most responses of an episode: above 1 the environment may answer a response, and the policy goes on. All that
     follows the prompt, the environment's tokens too, must fit into `rollout.max_response_tokens`, and all its images

@@ -28,10 +28,11 @@ class Requirements:
     """What a stage needs of its prompts.
 
     `reference`: the teacher's response must be there and keep the format, and `refusal` of it, which says why it could
-    not be judged, be ""; `ground_truth`: the answer must be there; `student`: the row must be a warm-up pair;
-    `decode`: every image is decoded once to see that it can be (False where it is decoded anyway right after; size
-    and kind are then read from its header only); `tokenise`: gives a prompt its token ids and says how many tokens it
-    is as the model will see it (or an error that says why it cannot be encoded), held against `max_prompt_tokens`;
+    not be judged, be ""; `ground_truth`: the answer must be there, and `truth_refusal` of the prompt, which says why
+    nothing could be judged by it, be ""; `student`: the row must be a warm-up pair; `decode`:
+    every image is decoded once to see that it can be (False where it is decoded anyway right after; size and kind are
+    then read from its header only); `tokenise`: gives a prompt its token ids and says how many tokens it is as the
+    model will see it (or an error that says why it cannot be encoded), held against `max_prompt_tokens`;
     `data_sources`: the accepted ones (empty: any); `unique`: of the rows of one id only the first is used; `fit`: makes
     of a good prompt what is handed on, for instance with smaller images.
     """
@@ -44,6 +45,7 @@ class Requirements:
     tokenise: Callable[[Prompt], tuple[Prompt, int]] | None = None
     max_prompt_tokens: int = 0
     refusal: Callable[[str], str] | None = None
+    truth_refusal: Callable[[Prompt], str] | None = None
     data_sources: tuple[str, ...] = ()
     student: bool = False
     unique: bool = True
@@ -63,8 +65,8 @@ def check(prompt: Prompt, needs: Requirements) -> tuple[Prompt, int]:
         _check_reference(prompt.reference, needs.refusal)
     if needs.student and not prompt.extra.get(STUDENT):
         raise BadRow("student_caption, student_cot: missing")
-    if needs.ground_truth and not prompt.ground_truth.strip():
-        raise BadRow("reward_model: no ground truth")
+    if needs.ground_truth:
+        _check_truth(prompt, needs.truth_refusal)
     return (prompt, 0) if needs.tokenise is None else _tokenised(prompt, needs.tokenise, needs.max_prompt_tokens)
 
 
@@ -98,6 +100,13 @@ def _check_reference(reference: str, refusal: Callable[[str], str] | None) -> No
         raise BadRow("teacher_response: not in the format", parsed.reason)
     if refusal is not None and (why := refusal(reference)):
         raise BadRow("teacher_response: cannot be judged", why)
+
+
+def _check_truth(prompt: Prompt, refusal: Callable[[Prompt], str] | None) -> None:
+    if not prompt.ground_truth.strip():
+        raise BadRow("reward_model: no ground truth")
+    if refusal is not None and (why := refusal(prompt)):
+        raise BadRow("reward_model: cannot be judged", why)
 
 
 def _tokenised(prompt: Prompt, tokenise: Callable[[Prompt], tuple[Prompt, int]], limit: int) -> tuple[Prompt, int]:

@@ -23,6 +23,8 @@ from prism_ray.records import Prompt
 _MAYBE_PAID = {408, 504, 524}
 """The endpoint's front gave up while something behind it may have gone on."""
 _LONG_WAIT_S = 60.0
+_LOOK_AGAIN_S = 1.0
+"""What others turn out to have cost may shorten a wait meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ class Collector:
         shown = await asyncio.to_thread(self._shown, prompt)
         if (cost := await self._admitted(about)) is None:
             return _Outcome("over")
-        number = self._journal.ask(key, prompt.id, cost)
+        number = self._journal.ask(key, prompt.id, cost, about)
         self._pace.sent(time.monotonic(), cost.input)
         try:
             fault = self._journal.state.faults.get(key, "")
@@ -184,7 +186,7 @@ class Collector:
         while not self._over:
             cost = Tokens(math.ceil(about * state.excess), self._settings.teacher.max_answer_tokens)
             if (delay := self._pace.delay(time.monotonic())) > 0:
-                await self._sleep(delay)
+                await self._sleep(min(delay, _LOOK_AGAIN_S))
             elif (state.at_most + cost).within(self._settings.spending):
                 return cost
             elif state.under_way:  # it may cost less than it can

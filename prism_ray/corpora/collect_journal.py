@@ -3,7 +3,8 @@
 One JSON object a line. A request is noted before it is sent and its answer before it counts, so whoever kills the
 process loses at most what was under way, and that is counted as possibly paid:
 
-* `{"ask": n, "key", "id", "input", "most", "time"}`: request n, about `input` tokens, at most `most` tokens of answer.
+* `{"ask": n, "key", "id", "input", "most", "raw", "time"}`: request n, about `input` tokens, at most `most` tokens of
+  answer; `raw` is `input` before what was learned of estimates.
 * `{"answer": n, "body", "fault", "input_tokens", "output_tokens"}`: its raw answer; `fault` is empty if it can be used.
 * `{"lost": n, "reason", "body"}`: no whole answer came, and it may have to be paid; `body` is what there was of it.
 * `{"free": n, "reason", "body"}`: the endpoint did not do it, so it costs nothing.
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from prism_ray.config.collect import SpendingSettings
 from prism_ray.corpora.collect_request import Reply, count_text, read_reply
@@ -58,6 +59,15 @@ class Tokens:
         return caps.max_money is None or self.money(caps) <= caps.max_money
 
 
+class UnderWay(NamedTuple):
+    """A request without a line of what became of it: what it costs at most, and about how many tokens the question was
+    thought to have before anything was learned of estimates."""
+
+    key: str
+    most: Tokens
+    raw: int
+
+
 class State:
     """What the lines of a journal come to; made by applying them in order."""
 
@@ -72,35 +82,36 @@ class State:
         """As the endpoint counted, or estimated where it did not say."""
         self.uncertain = Tokens()
         """Most that the requests without a whole answer may have cost."""
-        self.under_way: dict[int, tuple[str, Tokens]] = {}
-        """Requests without a line of what became of them: number -> key and what they cost at most."""
+        self.under_way: dict[int, UnderWay] = {}
         self.excess = 1.0
-        """How much longer than estimated the questions may be, by what the endpoint counted; learned from answers."""
+        """How many times as long as estimated a question was at most, by what the endpoint counted; at least 1."""
         self.requests = 0
         self.paid_answers = 0
 
     @property
     def at_most(self) -> Tokens:
         """All that was spent, if every uncertain request and all those under way cost what they can."""
-        return sum((most for _, most in self.under_way.values()), self.paid + self.uncertain)
+        return sum((request.most for request in self.under_way.values()), self.paid + self.uncertain)
 
     def apply(self, line: dict[str, Any], place: int) -> None:
         """Take in the line that begins at byte `place`; KeyError, TypeError or ValueError if it is not one."""
         if "ask" in line:
             self.requests = max(self.requests, int(line["ask"]))
-            self.under_way[int(line["ask"])] = str(line["key"]), Tokens(int(line["input"]), int(line["most"]))
+            most = Tokens(int(line["input"]), int(line["most"]))
+            raw = int(line.get("raw", most.input))  # journals of earlier versions have none
+            self.under_way[int(line["ask"])] = UnderWay(str(line["key"]), most, raw)
         elif "answer" in line:
             self._answered(line, place)
         elif "lost" in line:
-            self.uncertain += self.under_way.pop(int(line["lost"]))[1]
+            self.uncertain += self.under_way.pop(int(line["lost"])).most
         else:
             self.under_way.pop(int(line["free"]))
 
     def _answered(self, line: dict[str, Any], place: int) -> None:
-        key, most = self.under_way.pop(int(line["answer"]))
+        key, _, raw = self.under_way.pop(int(line["answer"]))
         paid = Tokens(int(line["input_tokens"]), int(line["output_tokens"]))
         self.paid += paid
-        self.excess *= max(1.0, paid.input / max(1, most.input))
+        self.excess = max(self.excess, paid.input / max(1, raw))
         self.paid_answers += 1
         if line["fault"]:
             self.malformed[key] += 1
@@ -150,16 +161,16 @@ class Journal:
         self.state, self._end = replay(self.path)
         self._file.truncate(self._end)
 
-    def ask(self, key: str, prompt_id: str, cost: Tokens) -> int:
-        """Note a request before it is sent; returns its number."""
+    def ask(self, key: str, prompt_id: str, cost: Tokens, raw: int) -> int:
+        """Note a request before it is sent, with the estimate that `cost` was made from; returns its number."""
         number = self.state.requests + 1
-        line = {"ask": number, "key": key, "id": prompt_id, "input": cost.input, "most": cost.output}
+        line = {"ask": number, "key": key, "id": prompt_id, "input": cost.input, "most": cost.output, "raw": raw}
         self._append(line | {"time": round(time.time(), 3)})
         return number
 
     def answered(self, number: int, body: str, reply: Reply, fault: str) -> Tokens:
         """Note an answer, on the disk before it counts; returns what it cost."""
-        _, most = self.state.under_way[number]
+        most = self.state.under_way[number].most
         cost = Tokens(
             most.input if reply.input_tokens is None else reply.input_tokens,
             count_text(reply.text or body) if reply.output_tokens is None else reply.output_tokens,

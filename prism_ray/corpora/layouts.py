@@ -23,6 +23,7 @@ _STANDS_FOR = {
     "student_cot": ("student_cot",),
 }
 """What a stage may require of a corpus, and the columns that can hold it."""
+_OBJECTS = ("reward_model", "extra_info")
 
 
 def columns_to_read(columns: Iterable[str], source: SourceSettings) -> tuple[str, ...]:
@@ -32,18 +33,27 @@ def columns_to_read(columns: Iterable[str], source: SourceSettings) -> tuple[str
         wanted |= dict.fromkeys((*FIELDS, "messages"))
     elif "images" in wanted:
         wanted |= {"image": None}
-    return tuple(dict.fromkeys(_place(name, source)[0] for name in wanted))
+    places = (_place(name, source) for name in wanted)
+    return tuple(dict.fromkeys(place[0] for place in places if place))
 
 
 def missing(required: Iterable[str], names: Iterable[str], source: SourceSettings) -> list[str]:
     """Those of the required columns that a file with columns of these names has nothing for."""
     there = set(names)
-    return [r for r in required if not any(_place(n, source)[0] in there for n in _STANDS_FOR.get(r, (r,)))]
+    return [r for r in required if not any(there & {*_place(n, source)[:1]} for n in _STANDS_FOR.get(r, (r,)))]
 
 
 def _place(name: str, source: SourceSettings) -> list[str]:
-    """The file's column for a name of ours, and the way inside it."""
-    return source.columns.get(name, name).split(".")
+    """The file's column for a name of ours, and the way inside it; nothing where that column is mapped to another."""
+    if name in source.columns:
+        return source.columns[name].split(".")
+    return [] if name in _taken(source) else [name]
+
+
+def _taken(source: SourceSettings) -> set[str]:
+    """The file's columns that names of ours are mapped from. An object of ours, of which only a part is, stays one."""
+    columns = ((place.partition(".")[0], place) for place in source.columns.values())
+    return {place if column in _OBJECTS else column for column, place in columns}
 
 
 def named(raw: Mapping[str, Any], columns: Iterable[str], source: SourceSettings) -> dict[str, Any]:
@@ -53,11 +63,12 @@ def named(raw: Mapping[str, Any], columns: Iterable[str], source: SourceSettings
 
 def published(raw: Mapping[str, Any], source: SourceSettings) -> dict[str, Any]:
     """A row with the published columns. Raises `BadRow`."""
-    row = dict(raw)
+    taken = _taken(source)
+    row = {name: value for name, value in raw.items() if name not in taken}
     for name in source.columns:
         row[name] = _found(raw, _place(name, source))
     if row.get("images") is None and row.get("image") not in (None, ""):
-        row["images"] = [row["image"]]
+        row["images"] = row["image"] if is_list(row["image"]) else [row["image"]]
     elif isinstance(row.get("images"), str | Mapping):
         row["images"] = [row["images"]]
     if row.get("prompt") is None:
@@ -72,7 +83,7 @@ def published(raw: Mapping[str, Any], source: SourceSettings) -> dict[str, Any]:
 
 
 def _found(raw: Mapping[str, Any], place: list[str]) -> Any:
-    value: Any = raw
+    value: Any = raw if place else None
     for step in place:
         value = value.get(step) if isinstance(value, Mapping) else None
     return value

@@ -12,7 +12,7 @@ import numpy as np
 
 from prism_ray.corpora.census import PICTURE_WORDS, SIGNATURE, Facts
 from prism_ray.corpora.files import Fragment
-from prism_ray.corpora.likeness import find_pairs
+from prism_ray.corpora.likeness import find_pairs, find_shared
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 
 _EXAMPLES = 5
@@ -115,18 +115,11 @@ def spread(values: Sequence[int]) -> dict[str, float]:
 
 def overlap(training: Portrait, held_out: Portrait) -> dict[str, Any]:
     """Held-out rows that a training corpus contains, exactly or nearly."""
-    parts = zip(held_out.arrays, training.arrays, strict=True)
-    pairs, border = find_pairs(*(np.concatenate(part) for part in parts)), len(held_out)
-    exact = _across(pairs.exact, border)
-    near = _across(pairs.near, border)
+    pairs = find_shared(held_out.arrays, training.arrays)
     return {
         "training": training.name,
         "held_out": held_out.name,
-        "exact": len(np.unique(exact[:, 0])),
-        "near": len(np.setdiff1d(near[:, 0], exact[:, 0])),
-        "examples": [[held_out.at(a), training.at(b - border)] for a, b in [*exact, *near][:_EXAMPLES]],
+        "exact": len(pairs.exact),
+        "near": len(pairs.near),
+        "examples": [[held_out.at(a), training.at(b)] for a, b in [*pairs.exact, *pairs.near][:_EXAMPLES]],
     }
-
-
-def _across(pairs: np.ndarray, border: int) -> np.ndarray:
-    return pairs[(pairs[:, 0] < border) & (pairs[:, 1] >= border)]

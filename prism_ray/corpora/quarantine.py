@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_ray.corpora.files import CorpusError
+from prism_ray.corpora.files import CorpusError, first_words
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,26 @@ class Quarantine:
         return f"{self.name}: {len(self)} of {self.rows} rows quarantined" + (f" ({counts})" if counts else "")
 
     def write(self, path: Path) -> None:
-        """Write (or complete) `quarantine.parquet`; nothing is written where there is nothing to say."""
+        """Write (or complete) `quarantine.parquet`, as a whole or not at all; nothing is written where there is nothing
+        to say. One that cannot be read is set aside."""
         if not self._bad:
             return
-        kept = pq.read_table(path).to_pylist() if path.exists() else []
-        merged = {(item["file"], item["row"]): item for item in kept}
+        merged = {(item["file"], item["row"]): item for item in _kept(path)}
         merged |= {key: asdict(item) for key, item in self._bad.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(list(merged.values()), schema=_SCHEMA), path)
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(list(merged.values()), schema=_SCHEMA), partial)
+        partial.replace(path)
+
+
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """What a quarantine holds already."""
+    if not path.exists():
+        return []
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        aside = path.with_name(f"{path.name}.unreadable")
+        log.warning("%s cannot be read (%s) and is set aside as %s", path, first_words(error), aside.name)
+        path.replace(aside)
+        return []

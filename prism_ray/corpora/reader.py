@@ -31,7 +31,7 @@ from prism_ray.corpora.parquet import parquet_fragments, table_of
 from prism_ray.corpora.rows import COLUMNS, ID_COLUMNS, REQUIRED_COLUMNS, BadRow, id_of, prompt_from_row
 from prism_ray.records import Prompt
 
-MAX_JSON_MB = CorporaSettings().max_json_mb
+_DEFAULTS = CorporaSettings()
 FOLDER, UNIT, NAME = "folder", "unit", "name"
 """Where `read_piece` puts the folder that a row's image paths start in, what its place in the file counts, and what the
 file is called."""
@@ -40,6 +40,8 @@ _TAKEN = 64
 """Rows that are made Python objects at once."""
 _FIRST = 64
 """Rows of the first reading tasks of a stream."""
+_LOOKED_AT = 64
+"""Rows whose columns are those of a file of JSON: one may lack what the next has."""
 _SAMPLED = 4
 """Fragments that an estimate of the number of rows is made from."""
 
@@ -55,31 +57,32 @@ class Piece:
 
 
 def find_fragments(
-    sources: Sequence[Source], columns: Sequence[str] = REQUIRED_COLUMNS, max_json_mb: float = MAX_JSON_MB
+    sources: Sequence[Source], columns: Sequence[str] = REQUIRED_COLUMNS, settings: CorporaSettings = _DEFAULTS
 ) -> list[Fragment]:
     """The fragments of files, folders of them or glob patterns. Of Parquet only the footers are read, of JSON Lines
-    only the first row; a `.json` array, of at most `max_json_mb`, is gone through.
+    only the first rows; a `.json` array is gone through.
 
-    Raises `CorpusError` for a file that is missing, of another format, truncated, empty or without the named columns.
+    Raises `CorpusError` for a file that is missing, of another format, truncated, empty, without the named columns, or
+    larger in one piece than the settings allow.
     """
     found = find_files(sources)
     names = short_names(file for file, _, _ in found)
     return [
         replace(fragment, name=names[file])
         for file, kind, source in found
-        for fragment in _fragments(file, kind, source, tuple(columns), max_json_mb)
+        for fragment in _fragments(file, kind, source, tuple(columns), settings)
     ]
 
 
 def _fragments(
-    file: str, kind: Format, source: SourceSettings, columns: Sequence[str], max_json_mb: float
+    file: str, kind: Format, source: SourceSettings, columns: Sequence[str], settings: CorporaSettings
 ) -> list[Fragment]:
     if kind == "parquet":
-        found, names = parquet_fragments(file, source)
+        found, names = parquet_fragments(file, source, settings.max_row_group_mb)
     else:
-        found = json_fragments(file, source, kind == "json", max_json_mb)
-        first = next(json_rows(found[0], [0]))[1] if count_rows(found[0]) else None
-        names = list(first) if isinstance(first, dict) else None
+        found = json_fragments(file, source, kind == "json", settings.max_json_mb)
+        first = [row for _, row in json_rows(found[0], list(range(min(_LOOKED_AT, count_rows(found[0])))))]
+        names = list(dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)) or None
     if names is not None and (absent := missing(columns, names, source)):
         raise CorpusError(
             f"{file}: no column {', '.join(absent)} (it has {', '.join(names)}); say which of them it is in `columns`"

@@ -175,7 +175,7 @@ class PromptStream:
         position: int = 0,
         quarantine: Path | None = None,
     ) -> None:
-        fragments = find_fragments(sources, max_json_mb=settings.max_json_mb)
+        fragments = find_fragments(sources, settings=settings)
         if needs.unique:
             refuse_twice(fragments)
         self.order = RowOrder(fragments, seed)

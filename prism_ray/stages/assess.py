@@ -18,7 +18,7 @@ import numpy as np
 
 from prism_ray.config.evaluation import EvaluationSettings
 from prism_ray.corpora.curation import RIGHT, pass_at_k
-from prism_ray.corpora.files import Source, path_of
+from prism_ray.corpora.files import Fragment, Source, path_of
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.models.ahead import TokenCounter
@@ -34,7 +34,7 @@ from prism_ray.rollout.sampling import Sampling
 from prism_ray.runtime import cluster, placement
 from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.supervision import fetch
-from prism_ray.stages.batches import made_alike, needs_of, next_batch, until_signal, verdicts_of
+from prism_ray.stages.batches import made_alike, needs_of, next_batch, refusal_of, until_signal, verdicts_of
 from prism_ray.stages.evaluate import load_truth
 from prism_ray.verify.pool import VerifierPool, make_environment
 
@@ -57,7 +57,7 @@ def check_inputs(settings: EvaluationSettings) -> None:
     make_environment(settings.verify.environment, settings.verify.options).close()
     if not corpus_of(settings):
         raise AssessError("prompts is empty, and so is data.evaluate; name the corpora to evaluate on")
-    find_fragments(corpus_of(settings), ("prompt", "reward_model"))
+    _fragments(settings, "prompt", "reward_model")
     if changed := made_alike(settings.output / _STAMP, _what_shapes(settings)):
         raise AssessError(
             f"{settings.output} holds samples made with another {changed}; choose another output, or delete the folder"
@@ -69,6 +69,10 @@ def corpus_of(settings: EvaluationSettings) -> list[Source]:
     return [*(settings.prompts or settings.data.evaluate)]
 
 
+def _fragments(settings: EvaluationSettings, *columns: str) -> list[Fragment]:
+    return find_fragments(corpus_of(settings), columns, settings.corpora)
+
+
 def start_cluster(settings: EvaluationSettings) -> None:
     """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
@@ -77,7 +81,7 @@ def start_cluster(settings: EvaluationSettings) -> None:
 
 async def assess(settings: EvaluationSettings) -> dict[str, Any] | None:
     """Sample and judge what is missing and write the result; returns it, or None if it was interrupted."""
-    order = RowOrder(find_fragments(corpus_of(settings)), settings.seed)
+    order = RowOrder(_fragments(settings, "prompt"), settings.seed)
     wanted = min(order.rows, settings.limit or order.rows)
     _, done = read_samples(settings.output)
     if done < wanted and not await until_signal(_sample_all(settings, done, wanted)):
@@ -148,7 +152,7 @@ def _what_shapes(settings: EvaluationSettings) -> dict[str, Any]:
     names = {"max_response_tokens", "max_model_len", "max_images", "dtype"}
     return {
         "checkpoint": [str(settings.checkpoint.resolve()), *_stats(sorted(settings.checkpoint.glob("*.safetensors")))],
-        "prompts": _stats(sorted({Path(f.file) for f in find_fragments(corpus_of(settings))})),
+        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings, "prompt")})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
         "by": [settings.by, *([settings.evaluate.truth] if settings.by == "truth" else verdicts_of(settings.verify))],
         "n": settings.n,
@@ -164,7 +168,9 @@ def _stats(files: Sequence[Path]) -> list[Any]:
 async def _sample_all(settings: EvaluationSettings, first: int, wanted: int) -> None:
     """Sample and judge from the first missing position on."""
     tokens = TokenCounter(settings.checkpoint, settings.rollout.max_prompt_tokens)
-    needs = replace(needs_of(tokens, settings.rollout, settings.corpora), ground_truth=True)
+    refusal = refusal_of(settings.by, settings.evaluate.truth, settings.verify)
+    needs = needs_of(tokens, settings.rollout, settings.corpora)
+    needs = replace(needs, ground_truth=True, truth_refusal=refusal)
     quarantine = settings.output / "quarantine.parquet"
     stream = PromptStream(corpus_of(settings), needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})

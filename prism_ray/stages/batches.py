@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prism_ray.config.corpora import CorporaSettings
 from prism_ray.config.rollout import RolloutSettings
@@ -16,6 +16,12 @@ from prism_ray.config.verify import VerifySettings
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.models.ahead import TokenCounter
+from prism_ray.records import Prompt
+from prism_ray.verify.answer import TRUTH, AnswerEnvironment
+from prism_ray.verify.judging import truth_refusal
+
+JudgedBy = Literal["truth", "verifier"]
+"""What says whether answers are right: the function `evaluate.truth`, or `verify.environment`."""
 
 CLEANING_S = 30.0
 """Longest wait for engines to end after a signal; what is not noted by then is done again."""
@@ -31,6 +37,14 @@ def needs_of(tokens: TokenCounter, rollout: RolloutSettings, corpora: CorporaSet
         data_sources=tuple(corpora.data_sources),
         fit=tokens.fitted,
     )
+
+
+def refusal_of(by: JudgedBy, truth: str, verify: VerifySettings) -> Callable[[Prompt], str] | None:
+    """What says why a prompt's ground truth cannot be used by the function `truth` or by the verifier ("" if it can);
+    None where they are a user's own, or the testbed's."""
+    if by == "verifier":
+        return truth_refusal(verify.environment, verify.options)
+    return AnswerEnvironment.refusal if truth == TRUTH else None
 
 
 def verdicts_of(verify: VerifySettings) -> list[Any]:

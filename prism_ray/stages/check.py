@@ -28,6 +28,7 @@ from prism_ray.corpora.rows import BadRow
 from prism_ray.models.ahead import TokenCounter
 from prism_ray.models.tiny import build_tiny
 from prism_ray.report.progress import Progress
+from prism_ray.stages.batches import JudgedBy
 from prism_ray.stages.evaluate import UNSEEN
 from prism_ray.stages.inputs import COLUMNS_OF, corpora_of
 from prism_ray.stages.served import columns_for
@@ -104,7 +105,7 @@ def _portrait(name: str, sources: Sequence[Source], settings: RunSettings, polic
     corpus = Portrait(name, Quarantine(names_of(sources), 0, settings.corpora.max_bad_share))
     columns = (*COLUMNS_OF.get(name, ("prompt",)), *columns_for(name, settings))
     try:
-        corpus.fragments = find_fragments(sources, columns, settings.corpora.max_json_mb)
+        corpus.fragments = find_fragments(sources, columns, settings.corpora)
         _read(corpus, settings, policy)
     except CorpusError as error:
         corpus.error = str(error)
@@ -136,8 +137,8 @@ def _read(corpus: Portrait, settings: RunSettings, policy: Path) -> None:
 def _needs(settings: RunSettings, name: str, policy: Path) -> tuple[Requirements, int | None]:
     """What the run requires of a corpus's rows, and its longest response (None: any)."""
     if name != "sft":
-        judged = name in ("rlvr", *HELD_OUT)
-        needs = requirements(settings, policy, reference=not judged, ground_truth=judged)
+        judged_by: JudgedBy | None = "verifier" if name == "rlvr" else "truth" if name in HELD_OUT else None
+        needs = requirements(settings, policy, reference=judged_by is None, judged_by=judged_by)
         return replace(needs, student=name == "warmup", unique=name != "warmup"), None
     trainer = settings.trainer
     limits = (trainer.max_prompt_tokens, trainer.max_response_tokens, settings.corpora.max_image_pixels)

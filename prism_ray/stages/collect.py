@@ -36,7 +36,7 @@ from prism_ray.corpora.references import row_of, writing
 from prism_ray.corpora.stream import read_prompts
 from prism_ray.records import Prompt
 from prism_ray.report.progress import Progress
-from prism_ray.verify.answer import truth_of
+from prism_ray.verify.answer import AnswerEnvironment, truth_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Prompts:
     """The usable prompts of the corpora, in the files' order; what cannot be used goes into quarantine."""
 
     def __init__(self, settings: CollectSettings) -> None:
-        self._fragments = counted(find_fragments(settings.prompts, max_json_mb=settings.corpora.max_json_mb))
+        self._fragments = counted(find_fragments(settings.prompts, settings=settings.corpora))
         self._settings = settings
         rows = sum(map(rows_of, self._fragments))
         self.rows = min(rows, settings.limit or rows)
@@ -224,8 +224,8 @@ def write_references(settings: CollectSettings, journal: Journal) -> dict[str, i
 
 
 def _agrees(text: str, prompt: Prompt) -> bool | None:
-    """Whether the answer is the known one; None where none is known."""
-    if not prompt.ground_truth.strip():
+    """Whether the answer is the known one; None where none is known that answers can be compared with."""
+    if AnswerEnvironment.refusal(prompt):
         return None
     return truth_of(text, prompt)["answer"] > 0.5
 

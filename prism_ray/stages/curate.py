@@ -42,6 +42,7 @@ from prism_ray.runtime.placement import EnginePlaces
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.runtime.supervision import fetch
 from prism_ray.stages.batches import made_alike, needs_of, next_batch, until_signal, verdicts_of
+from prism_ray.verify.judging import truth_refusal
 from prism_ray.verify.pool import VerifierPool, make_environment
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _what_shapes(settings: CurateSettings) -> dict[str, Any]:
 
 
 def _fragments(settings: CurateSettings, *columns: str) -> list[Fragment]:
-    return find_fragments(settings.prompts, columns, settings.corpora.max_json_mb)
+    return find_fragments(settings.prompts, columns, settings.corpora)
 
 
 def _stats(files: Sequence[Path]) -> list[Any]:
@@ -141,7 +142,9 @@ async def _sample_all(settings: CurateSettings, parts: Parts, wanted: int) -> No
     """Sample and judge from the first missing position on."""
     first = parts.next
     tokens = TokenCounter(settings.policy, settings.rollout.max_prompt_tokens)
-    needs = replace(needs_of(tokens, settings.rollout, settings.corpora), ground_truth=True)
+    refusal = truth_refusal(settings.verify.environment, settings.verify.options)
+    needs = needs_of(tokens, settings.rollout, settings.corpora)
+    needs = replace(needs, ground_truth=True, truth_refusal=refusal)
     quarantine = settings.output / "quarantine.parquet"
     stream = PromptStream(settings.prompts, needs, settings.corpora, settings.seed, first, quarantine)
     seeded = settings.rollout.model_copy(update={"seed": settings.rollout.seed + settings.seed + first})

@@ -80,7 +80,7 @@ async def _held_out(session: Session, policy: Path, corpus: str) -> list[Prompt]
     settings = session.settings
     stream = PromptStream(
         session.corpora[corpus],
-        session.requirements(policy, ground_truth=True),
+        session.requirements(policy, judged_by="truth"),
         settings.corpora,
         settings.seed,
         quarantine=session.quarantine,

@@ -238,7 +238,9 @@ class _Rooms:
         self.prompts = PromptStream(
             self.phase.corpus,
             self.session.requirements(
-                self.phase.start, reference=self.phase.needs_reference, ground_truth=not self.phase.needs_reference
+                self.phase.start,
+                reference=self.phase.needs_reference,
+                judged_by=None if self.phase.needs_reference else "verifier",
             ),
             settings.corpora,
             settings.seed,

@@ -376,7 +376,7 @@ def check_inputs(settings: RunSettings) -> None:
         for name, paths in settings.data:
             if paths:
                 columns = (*COLUMNS_OF[name], *columns_for(name, settings))
-                find_fragments(paths, columns, settings.corpora.max_json_mb)
+                find_fragments(paths, columns, settings.corpora)
         _refuse_testbed_judges(settings)
         check_served(settings)
     except (CorpusError, ValueError, FileNotFoundError) as error:

@@ -25,7 +25,7 @@ from prism_ray.rollout.pool import RolloutPool
 from prism_ray.runtime.elastic import Elastic, Following
 from prism_ray.runtime.gauges import RayMetrics, endpoints
 from prism_ray.runtime.placement import EnginePlaces, Placement
-from prism_ray.stages.batches import needs_of
+from prism_ray.stages.batches import JudgedBy, needs_of, refusal_of
 
 T = TypeVar("T")
 
@@ -120,9 +120,9 @@ class Session:
             self._pool = None
         self.placement.release()
 
-    def requirements(self, policy: Path, *, reference: bool = False, ground_truth: bool = False) -> Requirements:
+    def requirements(self, policy: Path, *, reference: bool = False, judged_by: JudgedBy | None = None) -> Requirements:
         """What a prompt must have to be used with this policy; the rest is quarantined."""
-        return requirements(self.settings, policy, reference=reference, ground_truth=ground_truth)
+        return requirements(self.settings, policy, reference=reference, judged_by=judged_by)
 
     @property
     def quarantine(self) -> Path:
@@ -170,14 +170,15 @@ def watched(settings: RunSettings) -> Iterator[Session]:
 
 
 def requirements(
-    settings: RunSettings, policy: Path, *, reference: bool = False, ground_truth: bool = False
+    settings: RunSettings, policy: Path, *, reference: bool = False, judged_by: JudgedBy | None = None
 ) -> Requirements:
-    """What a prompt of a run's loops must have to be used with this policy."""
+    """What a prompt of a run's loops must have to be used with this policy, and where answers are judged, by that."""
     tokens = TokenCounter(policy, settings.rollout.max_prompt_tokens)
     return replace(
         needs_of(tokens, settings.rollout, settings.corpora),
         reference=reference,
-        ground_truth=ground_truth,
+        ground_truth=judged_by is not None,
+        truth_refusal=refusal_of(judged_by, settings.evaluate.truth, settings.verify) if judged_by else None,
         refusal=Refusal(tokens, settings.discriminator) if reference else None,
     )
 

@@ -123,7 +123,7 @@ def _course(phase: Phase, model: str, settings: TrainerSettings, corpora: Corpor
     else:
         limits = (settings.max_prompt_tokens, settings.max_response_tokens, corpora.max_image_pixels)
         task = ResponseTask(model, *limits)
-    fragments = find_fragments([absolute(c) for c in phase.corpora], task.required, corpora.max_json_mb)
+    fragments = find_fragments([absolute(c) for c in phase.corpora], task.required, corpora)
     order = RowOrder(fragments, seed)
     return Course(phase.name, task, order, phase.settings.steps, phase.settings.batch)
 

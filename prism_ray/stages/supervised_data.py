@@ -23,6 +23,9 @@ from prism_ray.corpora.quarantine import Quarantined
 from prism_ray.corpora.reader import CorpusError, Pace, RowOrder, prepared, read_piece
 from prism_ray.stages.supervised_tasks import Entry, Task
 
+_FARTHEST = 1024
+"""Rows that are looked through for a good one; bad rows often lie together."""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -52,13 +55,36 @@ class Portion:
     """A rank's part of one step: the samples of its `micro` batches, the `size` of their loss in terms, and rows that
     were `bad`.
 
-    A bad row's place is taken by a good one before it, so ranks have equally many micro-batches. Bad rows are named
-    in the first epoch only.
+    A bad row's place is taken by the first good one of the part, or else by the next in the order, so ranks have
+    equally many micro-batches. Bad rows are named in the first epoch only.
     """
 
     micro: list[list[Any]]
     size: int
     bad: list[Quarantined]
+
+
+class Spare:
+    """Finds the row that stands in where all of a rank's part of a step is bad: the next good one in the order."""
+
+    def __init__(self, course: Course) -> None:
+        self._course = course
+        self._found: tuple[int, Any] = -1, None
+
+    def after(self, stop: int, reason: str) -> Any:
+        """The first good sample from position `stop` on, the same whatever was asked before. CorpusError where there is
+        none far and wide."""
+        place, sample = self._found
+        if place >= stop:  # what was passed over to find it was bad
+            return sample
+        for position in range(stop, stop + _FARTHEST):
+            (sample,) = self._course.task.prepare(entries(self._course, position, position + 1))
+            if not isinstance(sample, Quarantined):
+                self._found = position, sample
+                return sample
+        raise CorpusError(
+            f"{self._course.name}: {_FARTHEST:,} rows in a row cannot be used ({reason}); repair the corpus"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,18 +118,16 @@ class Shard:
         """Runs in Ray Data's workers."""
         torch.set_num_threads(1)
         course = self.courses[task["phase"]]
-        spare: Any = None
+        spare = Spare(course)
         for step in range(task["first"], task["last"]):
             start = step * course.batch + self.rank * course.batch // self.ranks
             stop = step * course.batch + (self.rank + 1) * course.batch // self.ranks
             items = course.task.prepare(entries(course, start, stop))
             good = [item for item in items if not isinstance(item, Quarantined)]
             bad = [item for item in items if isinstance(item, Quarantined)]
-            spare = good[0] if good else spare
-            if spare is None:
-                raise CorpusError(f"{course.name}: a whole batch cannot be used ({bad[0].reason}); repair the corpus")
+            again = good[0] if good else spare.after(stop, bad[0].reason)
             named = bad if course.order.first(start + 1) > start else []
-            portion = self._portion(course.task, good + [spare] * len(bad), named)
+            portion = self._portion(course.task, good + [again] * len(bad), named)
             yield {"phase": task["phase"], "step": step, "portion": _pickled(portion)}
 
     def _portion(self, task: Task, samples: list[Any], bad: list[Quarantined]) -> Portion:

@@ -24,9 +24,10 @@ from prism_ray.verify.environment import ResponseEnvironment
 from prism_ray.verify.normalise import clean
 from prism_ray.verify.rewards import Reward, judge_response
 from prism_ray.verify.rules import MAX_ANSWER, Judged, judge, quantity_of
-from prism_ray.verify.symbolic import SymbolicChecker
+from prism_ray.verify.symbolic import Budget, SymbolicChecker
 
 ID = "prism/Answer-v0"
+TRUTH = f"{__name__}:truth_of"
 MATH, CHOICE, NUMBER = "prism/Math-v0", "prism/MultipleChoice-v0", "prism/Number-v0"
 
 MORE_LETTERS = "ABCDEFGHIJ"
@@ -39,8 +40,9 @@ NO_EQUIVALENTS = "__EMPTY__"
 class AnswerEnvironment(ResponseEnvironment):
     """Right or wrong by every rule; an answer of several values is right if all of them are, in order.
 
-    `limit_s`: seconds of processor time that a symbolic comparison may take; then the answer counts as wrong. After a
-    step, `info` also has `rule` (what decided) and `cut` (1.0 where a comparison met its limit).
+    `limit_s`: seconds of processor time that the symbolic comparisons of an answer may take together, with all values
+    and all equivalents; then it counts as wrong. After a step, `info` also has `rule` (what decided) and `cut` (1.0
+    where the limit was met).
     """
 
     letters = LETTERS
@@ -48,27 +50,37 @@ class AnswerEnvironment(ResponseEnvironment):
     def __init__(self, limit_s: float = 2.0) -> None:
         super().__init__()
         self._checker = SymbolicChecker(limit_s)
-        self._rule, self._cut = "", False
+        self._rule, self._budget = "", Budget(self._checker)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin an episode on `options["prompt"]`; ValueError without one, or where its truth cannot be used."""
         prompt = (options or {}).get("prompt")
-        if isinstance(prompt, Prompt):
-            for truth in truths_of(prompt):
-                self.check_truth(truth, prompt.id)
+        if isinstance(prompt, Prompt) and (why := self.refusal(prompt)):
+            raise ValueError(why)
         return super().reset(seed=seed, options=options)
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        self._rule, self._cut = "", False
+        self._rule, self._budget = "", Budget(self._checker)
         observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, terminated, truncated, info | {"rule": self._rule, "cut": float(self._cut)}
+        return observation, reward, terminated, truncated, info | {"rule": self._rule, "cut": float(self._budget.cut)}
 
     def verify(self, text: str, prompt: Prompt) -> Reward:
         return judge_response(text, prompt.ground_truth, lambda answer, _: self._accuracy(answer, truths_of(prompt)))
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
+    @classmethod
+    def refusal(cls, prompt: Prompt) -> str:
+        """Why this environment cannot judge answers to a prompt's ground truth; "" if it can."""
+        try:
+            for truth in truths_of(prompt):
+                cls.check_truth(truth, prompt.id)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
         """ValueError with a sentence where this environment cannot judge answers to that truth."""
 
     def close(self) -> None:
@@ -85,12 +97,7 @@ class AnswerEnvironment(ResponseEnvironment):
         return float(judged.right)
 
     def _judge(self, answer: str, truth: str) -> Judged:
-        return judge(answer, truth, self._symbolic, self.letters)
-
-    def _symbolic(self, truth: str, answer: str) -> bool:
-        compared = self._checker.compare(truth, answer)
-        self._cut |= compared.cut
-        return compared.same
+        return judge(answer, truth, self._budget.same, self.letters)
 
 
 class MathEnvironment(AnswerEnvironment):
@@ -104,10 +111,11 @@ class MultipleChoiceEnvironment(AnswerEnvironment):
 
     letters = MORE_LETTERS
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
-        if option_of(clean(truth), self.letters) is None:
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
+        if option_of(clean(truth), cls.letters) is None:
             raise ValueError(
-                f"prompt {prompt_id}: the ground truth {truth[:40]!r} names no option A to {self.letters[-1]};"
+                f"prompt {prompt_id}: the ground truth {truth[:40]!r} names no option A to {cls.letters[-1]};"
                 f" set verify.environment to {ID} for answers of other kinds"
             )
 
@@ -117,7 +125,8 @@ class NumberEnvironment(AnswerEnvironment):
 
     letters = ""
 
-    def check_truth(self, truth: str, prompt_id: str) -> None:
+    @classmethod
+    def check_truth(cls, truth: str, prompt_id: str) -> None:
         if quantity_of(truth) is None:
             raise ValueError(
                 f"prompt {prompt_id}: the ground truth {truth[:40]!r} is no number;"
@@ -151,10 +160,9 @@ def truth_of(text: str, prompt: Prompt) -> dict[str, float]:
 
     The rules of `prism/Answer-v0`; ValueError where the prompt's ground truth cannot be used.
     """
-    parsed = parse(text)
+    parsed, budget = parse(text), Budget(_checker())
     right = parsed.valid and any(
-        judge(parsed.parts["answer"].strip(), truth, lambda t, a: _checker().compare(t, a).same).right
-        for truth in truths_of(prompt)
+        judge(parsed.parts["answer"].strip(), truth, budget.same).right for truth in truths_of(prompt)
     )
     return {"answer": float(right), "format": float(parsed.valid)}
 

@@ -7,14 +7,14 @@ rollout it judged; one that breaks its promises for every rollout is an error of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
 
-import prism_ray.verify.answer  # noqa: F401  (registers the ids of this room)
 from prism_ray.config.runtime import HIGHEST, LOWEST
 from prism_ray.records import Group, Prompt, Verdict
+from prism_ray.verify.answer import AnswerEnvironment  # which also registers the ids of this room
 
 PARTS = ("accuracy", "format")
 _KNOWN = (*PARTS, "valid", "reason")
@@ -33,6 +33,17 @@ def make_environment(environment: str, options: Mapping[str, Any] | None = None)
         cause = str(error).split("\n")[0].rstrip(".")
         form = "name a registered environment as module:namespace/Name-v0, with verify.options that it takes"
         raise ValueError(f"verify.environment: {environment} cannot be made ({cause}); {form}") from error
+
+
+def truth_refusal(environment: str, options: Mapping[str, Any] | None = None) -> Callable[[Prompt], str] | None:
+    """What says why this environment cannot judge answers to a prompt's ground truth ("" if it can); None for one of
+    another room, whose truths may be anything. ValueError with a sentence where it cannot be made."""
+    env = make_environment(environment, options)
+    try:
+        made = type(env.unwrapped)
+        return made.refusal if issubclass(made, AnswerEnvironment) else None
+    finally:
+        env.close()
 
 
 def judge_group(group: Group, env: gymnasium.Env[Any, Any]) -> Group:

@@ -65,6 +65,14 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 _MARKER = re.compile(r"\([0-9]{1,2}\)")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_QUOTED = re.compile(r"""(?<![\w)\]}'])(["'*_]{1,3})(?=\S)([^"'*_]+)(?<=\S)\1(?!\w)""")
+_MARKS = re.compile(
+    r"""(?<![0-9)\]}'!])(?<![0-9)\]}] )(?<!(?<![^\W\d_])[a-zα-ω])["'*!]+"""  # behind no number, bracket, single letter
+    r"""|(?<![0-9)\]}])_+"""  # not the base of a number
+    r"""|\*(?=[^\W\d_])"""  # a product that may go without it
+    r"""|'(?=[^\W\d_]{3})"""  # o'clock
+)
+"""Marks that are no mathematics."""
 _AND = re.compile(r"^(?:and|or) ", re.IGNORECASE)
 _JOINED = re.compile(r" (?:and|or) ", re.IGNORECASE)
 
@@ -109,8 +117,13 @@ def split_values(text: str) -> Iterator[list[str]]:
 
 
 def words(text: str) -> str:
-    """A cleaned text as words only: no case, no quotes, no punctuation between words, no article before the first."""
-    text = re.sub(r"[\"'*_!?]", "", text.casefold())
+    """A cleaned text as words only: no case, no quotes, no punctuation between words, no article before the first.
+
+    What may be a prime, a factorial, a product, a base or inches stays: `3!`, `f'(x)`, `2*3` are not `3`, `f(x)`, `23`.
+    """
+    text = text.casefold().replace("?", "")
+    if "\\" not in text:
+        text = _MARKS.sub("", _QUOTED.sub(r"\2", text))
     text = re.sub(r"(?<![0-9])[.,:;]|[.,:;](?![0-9])", " ", text)
     text = " ".join(text.split())
     return re.sub(r"^(?:the|an?) (?=[a-z]{3})", "", text)

@@ -30,7 +30,7 @@ MAX_DEPTH = 16
 
 _POINT = re.compile(r"(?:[A-Z]'?|\([a-z], ?[a-z]\)) ?=? ?(?=[(])")
 _LABEL = re.compile(r"([^=<>≤≥≠]{1,40}?) ?= ?([^=].*)")
-_VARIABLE = re.compile(r"\\?[a-z](?:_?[0-9])?|[A-Z]")
+_VARIABLE = re.compile(r"(?:\\?[a-z](?:_?[0-9])?|[A-Z])'*")
 _PHRASE = re.compile(r" (?:is|are|equals|measures)(?: equal to)?:? |: ?", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|isn't|never|no)\b|n't", re.IGNORECASE)
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+")
@@ -137,7 +137,8 @@ def _shorter(given: str, wanted: str) -> Iterator[tuple[str, str]]:
     """The same comparison without a label (`x = 5`) or a phrase ("the area is 5") that only one side, or both, have."""
     (name, value), (wanted_name, expected) = _labelled(given), _labelled(wanted)
     if name and wanted_name:
-        if name == wanted_name or not (_VARIABLE.fullmatch(name) and _VARIABLE.fullmatch(wanted_name)):
+        variables = _VARIABLE.fullmatch(name) and _VARIABLE.fullmatch(wanted_name)
+        if name == wanted_name or (not variables and _primes(name) == _primes(wanted_name)):
             yield value, expected
     elif name or wanted_name:
         yield value, expected
@@ -151,7 +152,7 @@ def _labelled(text: str) -> tuple[str, str]:
     if match is None:
         return "", text
     name = match[1].strip()
-    plain = _VARIABLE.fullmatch(name) or re.fullmatch(r"[a-z]\([a-z]\)|[A-Z]{2,4}|\\?[A-Za-z][A-Za-z ]+|°.*", name)
+    plain = _VARIABLE.fullmatch(name) or re.fullmatch(r"[a-z]'*\([a-z]\)|[A-Z]{2,4}|\\?[A-Za-z][A-Za-z ]+|°.*", name)
     return (name, match[2].strip()) if plain else ("", text)
 
 
@@ -169,10 +170,16 @@ def _mathematics(given: str, wanted: str, symbolic: Symbolic | None) -> Judged:
         return Judged(False, "number")
     if (unit or wanted_unit) and value and _text(value, expected):
         return Judged(True, "number")
+    if _primes(value) != _primes(expected):  # a parser passes over them
+        return Judged(False, "none")
     if symbolic is None or not (_mathematical(value) and _mathematical(expected)):
         return Judged(False, "none")
     right = symbolic(_expression(expected), _expression(value))
     return Judged(right, "symbolic" if right else "none")
+
+
+def _primes(text: str) -> int:
+    return text.count("'")
 
 
 def _measured(text: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 
 from math_verify import LatexExtractionConfig, parse, verify
 
@@ -38,6 +39,7 @@ def _serve() -> None:
         truth, answer, limit_s = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, limit_s)  # processor time; the signals' default is the process's end
         signal.setitimer(signal.ITIMER_REAL, 5 * limit_s)
+        begun = time.process_time()
         try:
             reply = {"same": same(truth, answer)}
         except MemoryError:
@@ -46,7 +48,7 @@ def _serve() -> None:
             reply = {"same": False}
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _reply(reply)
+        _reply(reply | {"spent_s": time.process_time() - begun})
 
 
 def _reply(reply: object) -> None:

@@ -123,6 +123,25 @@ def test_held_out_rows_that_were_trained_on_are_told():
     assert overlap(portrait("align", trained[:1]), portrait("evaluate", held_out))["exact"] == 0
 
 
+def test_every_held_out_row_that_was_trained_on_counts_whatever_else_equals_it():
+    again = asking(LONG.format(0) + " Thanks.", drawing(0), name="again")
+    held_out = [asking(LONG.format(0), drawing(0)), asking(LONG.format(0), drawing(0)), again, asking("other")]
+    trained = [asking("mine"), held_out[0], held_out[0]]
+    told = overlap(portrait("align", trained), portrait("evaluate", held_out))
+    assert (told["exact"], told["near"]) == (2, 1)
+    reworded = [asking(LONG.format(0) + "!", drawing(0)), asking(LONG.format(0) + "!!", drawing(0))]
+    told = overlap(portrait("align", reworded), portrait("evaluate", held_out))
+    assert (told["exact"], told["near"]) == (0, 3)
+    assert told["examples"][0][0] == "row 0 of evaluate.parquet"
+
+
+def test_near_rows_are_found_among_many_that_are_alike_on_one_side():
+    """What is sorted between a held-out row and its like must not hide it."""
+    held_out = [asking(LONG.format(0) + f" Take case {i}.", drawing(0)) for i in range(30)]
+    told = overlap(portrait("align", [asking(LONG.format(0) + " Take care.", drawing(0))]), portrait("e", held_out))
+    assert (told["exact"], told["near"]) == (0, 30)
+
+
 def test_spread_is_made_of_values_that_occur():
     assert spread([1, 2, 3, 100]) == {"mean": 26.5, "least": 1, "median": 2, "p90": 100, "p99": 100, "most": 100}
 

@@ -1,5 +1,6 @@
 """The collection against a local endpoint that misbehaves: everything arrives, nothing is paid twice, no key leaks."""
 
+import asyncio
 import base64
 import io
 import json
@@ -18,6 +19,7 @@ from jobs.collect import main
 from prism_ray.config.collect import CollectSettings
 from prism_ray.config.load import load_config
 from prism_ray.config.models import TinyModelSettings
+from prism_ray.corpora.collect import Collector
 from prism_ray.corpora.collect_journal import CollectError, replay
 from prism_ray.corpora.references import facts_of
 from prism_ray.corpora.rows import prompt_from_row
@@ -204,6 +206,32 @@ def test_a_cap_in_tokens(start, corpus):
     assert sum(server.billed.values()) == 9
 
 
+def test_an_estimate_that_is_far_too_low_is_learned_once_by_all_that_ask_together(start, corpus):
+    server = start()
+    server.slow_s = 0.1
+    wanted = ("asking.concurrency=16", "spending.tokens_per_image=1", "spending.max_tokens=1000000")
+    summary = collect(settings(server, corpus, *wanted))
+    assert summary["status"] == "completed" and summary["agreement"]["references"] == 24
+    state, _ = replay(corpus.parent / "out" / "answers.jsonl")
+    raw = min(line["raw"] for line in lines(corpus, "ask"))
+    assert state.excess == 100 / raw > 2
+    assert max(line["input"] for line in lines(corpus, "ask")) <= 101
+
+
+def test_what_is_refunded_shortens_the_wait_of_those_who_wait_already(start, corpus, monkeypatch):
+    """Each question books 8,192 tokens of answer, or hours; only looking again shows that it took 50."""
+    slept = []
+
+    async def sleeping(self, seconds):
+        slept.append(seconds)
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Collector, "_sleep", sleeping)
+    wanted = ("asking.concurrency=4", "asking.tokens_per_minute=100000", "spending.tokens_per_image=1000000", "limit=8")
+    assert collect(settings(start(), corpus, *wanted))["status"] == "completed"
+    assert slept and max(slept) <= 1.0
+
+
 def test_a_lost_answer_counts_as_paid_in_full(start, corpus):
     server = start(lambda index, nth: "reset" if nth == 1 else "good")
     small = ["teacher.max_answer_tokens=60", "spending.tokens_per_image=80", "asking.concurrency=1"]
@@ -233,6 +261,16 @@ def test_rows_that_cannot_be_used_are_not_asked(start, tmp_path, make):
     summary = collect(settings(server, corpus, "corpora.max_bad_share=0.1"))
     assert summary["unusable"] == {"images: does not decode": 1} and server.asked[5] == 0
     assert pq.read_table(tmp_path / "out" / "quarantine.parquet")["row"].to_pylist() == [5]
+
+
+def test_an_answer_whose_truth_cannot_be_compared_with_is_kept_all_the_same(start, tmp_path, make):
+    rows = [make.row(i) for i in range(4)]
+    rows[2]["reward_model"] = {"ground_truth": "7" * 2000, "style": "rule"}
+    rows[3]["extra_info"] = json.dumps({"id": "row-3", "equivalent_answers": "7"})
+    corpus = make.write(tmp_path / "prompts.parquet", rows)
+    summary = collect(settings(start(), corpus, "only_agreeing=true"))
+    assert summary["agreement"] == {"references": 4, "known": 2, "agreeing": 2}
+    assert [row["agrees"] for row in references(corpus)] == [True, True, None, None]
 
 
 def test_an_id_is_paid_once_and_a_file_that_is_named_twice_too(start, tmp_path, make):

@@ -165,7 +165,8 @@ def test_back_off_doubles_with_jitter_up_to_a_limit():
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [(None, None), ("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("inf", None), ("nan", None),
-     ("Wed, 21 Oct 2026 07:28:30 GMT", 30.0), ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0)],
+     ("Wed, 21 Oct 2026 07:28:30 GMT", 30.0), ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
+     ("Wed, 21 Oct 2015 07:28:00 +99999999999999999", None), ("", None), ("9" * 400, None)],
 )  # fmt: skip
 def test_retry_after_is_seconds_or_a_date(value, seconds):
     assert read_retry_after(value, datetime(2026, 10, 21, 7, 28, tzinfo=UTC)) == seconds
@@ -198,7 +199,7 @@ def test_tokens_are_charged_when_they_are_known():
 def test_spending_follows_the_endpoints_count_and_doubts_what_was_lost(tmp_path):
     journal = Journal(tmp_path)
     most = Tokens(100, 1000)
-    good, lost, free, under_way = (journal.ask(f"k{i}", f"p{i}", most) for i in range(4))
+    good, lost, free, under_way = (journal.ask(f"k{i}", f"p{i}", most, 100) for i in range(4))
     assert journal.state.at_most == Tokens(400, 4000)
     journal.answered(good, "{}", Reply("x", input_tokens=70, output_tokens=30), "")
     journal.lost(lost, "timeout")
@@ -212,16 +213,38 @@ def test_spending_follows_the_endpoints_count_and_doubts_what_was_lost(tmp_path)
 
 def test_an_answer_without_usage_is_estimated(tmp_path):
     journal = Journal(tmp_path)
-    number = journal.ask("k", "p", Tokens(100, 1000))
+    number = journal.ask("k", "p", Tokens(100, 1000), 100)
     assert journal.answered(number, "{}", Reply("x" * 300), "") == Tokens(100, 100)
+
+
+def test_questions_that_were_under_way_together_teach_the_estimate_once(tmp_path):
+    journal = Journal(tmp_path)
+    asked = [journal.ask(f"k{i}", "p", Tokens(100, 10), 100) for i in range(16)]
+    for number in asked:
+        journal.answered(number, "{}", Reply("x", input_tokens=1000, output_tokens=5), "")
+    assert journal.state.excess == 10
+    later = journal.ask("later", "p", Tokens(1000, 10), 100)
+    journal.answered(later, "{}", Reply("x", input_tokens=1200, output_tokens=5), "")
+    journal.close()
+    assert journal.state.excess == replay(journal.path)[0].excess == 12
+
+
+def test_a_journal_without_raw_estimates_is_replayed(tmp_path):
+    """Versions before wrote only what a question may cost, by what was learned until then."""
+    lines = [{"ask": n, "key": f"k{n}", "id": "p", "input": n * 100, "most": 10, "time": 0.0} for n in (1, 2)]
+    paid = {"body": "{}", "fault": "", "input_tokens": 200, "output_tokens": 5}
+    lines += [{"answer": n} | paid for n in (1, 2)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state, _ = replay(tmp_path / "answers.jsonl")
+    assert state.excess == 2 and state.paid == Tokens(400, 10)
 
 
 @pytest.mark.parametrize("left", range(1, 60, 7))
 def test_a_torn_line_is_forgotten_and_the_journal_goes_on(tmp_path, left):
     journal = Journal(tmp_path)
-    first = journal.ask("a", "a", Tokens(1, 1))
+    first = journal.ask("a", "a", Tokens(1, 1), 1)
     journal.answered(first, body(content="one"), read_reply(body(content="one")), "")
-    second = journal.ask("b", "b", Tokens(1, 1))
+    second = journal.ask("b", "b", Tokens(1, 1), 1)
     whole = journal.path.stat().st_size
     journal.answered(second, body(content="two"), read_reply(body(content="two")), "")
     journal.close()
@@ -229,7 +252,7 @@ def test_a_torn_line_is_forgotten_and_the_journal_goes_on(tmp_path, left):
         file.truncate(whole + left)
     again = Journal(tmp_path)
     assert set(again.state.answers) == {"a"} and again.path.stat().st_size == whole
-    third = again.ask("b", "b", Tokens(1, 1))
+    third = again.ask("b", "b", Tokens(1, 1), 1)
     again.answered(third, body(content="two"), read_reply(body(content="two")), "")
     again.close()
     last = Journal(tmp_path)
@@ -239,7 +262,7 @@ def test_a_torn_line_is_forgotten_and_the_journal_goes_on(tmp_path, left):
 def test_damage_inside_names_the_line(tmp_path):
     journal = Journal(tmp_path)
     for _ in range(3):
-        journal.ask("k", "p", Tokens(1, 1))
+        journal.ask("k", "p", Tokens(1, 1), 1)
     journal.close()
     lines = journal.path.read_bytes().split(b"\n")
     lines[1] = b"\x00" * 10

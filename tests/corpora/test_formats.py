@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prism_ray.config.corpora import SourceSettings
+from prism_ray.config.corpora import CorporaSettings, SourceSettings
 from prism_ray.corpora import jsonlines
 from prism_ray.corpora.checks import Requirements
 from prism_ray.corpora.files import CorpusError
@@ -61,6 +61,26 @@ def test_every_line_is_a_row_once_wherever_fragments_are_cut(tmp_path, small, le
     assert len(order.fragments) > 10
     assert sorted(answers(order, 0, 50)) == sorted(answers(order, 50, 100)) == list(range(50))
     assert answers(order, 0, 50) != answers(order, 50, 100) and order.rows == 50
+
+
+def test_the_columns_of_lines_are_those_of_the_first_rows_together(tmp_path, small, monkeypatch):
+    rows = [line(0) | {"answer": None}, line(1), {"prompt": [], "picture": "a.png"}, *map(line, range(3, 90))]
+    del rows[0]["answer"]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    read, lines = [], jsonlines._lines_of
+    monkeypatch.setattr(jsonlines, "_lines_of", lambda file, part: read.append(part.group) or lines(file, part))
+    assert len(find_fragments([path], ("prompt", "reward_model"))) > 10 and set(read) == {0}
+    path.write_bytes(b'{"prompt": \n' + path.read_bytes())
+    find_fragments([path], ("prompt", "reward_model"))
+    with pytest.raises(CorpusError, match=r"no column labels \(it has id, prompt, answer"):
+        find_fragments([path], ("labels",))
+
+
+def test_of_the_first_fragment_few_rows_are_looked_at(tmp_path):
+    rows = [{"prompt": []}] * 64 + [{"prompt": [], "answer": 1}]
+    with pytest.raises(CorpusError, match=r"no column reward_model \(it has prompt\)"):
+        find_fragments([write_lines(tmp_path / "a.jsonl", rows)], ("reward_model",))
+    find_fragments([write_lines(tmp_path / "b.jsonl", rows[1:])], ("reward_model",))
 
 
 def test_reading_starts_without_the_rest_of_the_file_and_any_cut_is_the_same_stream(tmp_path, small, monkeypatch):
@@ -172,6 +192,31 @@ def test_other_columns_are_mapped_by_config(tmp_path, make, kind):
         find_fragments([path])
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_that_another_name_is_mapped_from_no_longer_counts_under_its_own(tmp_path, kind):
+    row = {"prompt": "why?", "id": "6", "messages": "read 1 times", "extra_info": {"id": "x", "final": "red"}}
+    path = tmp_path / f"a.{kind}"
+    write_lines(path, [row]) if kind == "jsonl" else pq.write_table(pa.Table.from_pylist([row]), path)
+    columns = {"question": "prompt", "answer": "id", "system": "messages"}
+    (prompt,) = prompts(SourceSettings(path=path, columns=columns))
+    assert [turn["content"] for turn in prompt.messages] == ["read 1 times", "why?"]
+    assert (prompt.ground_truth, prompt.id) == ("6", "x")
+    (order,) = [RowOrder(find_fragments([SourceSettings(path=path, columns=columns)]), 0)]
+    assert [id_said(r) for p in order.pieces(0, 1) for *_, r in read_piece(p, ID_COLUMNS)] == ["x"]
+    inside = {"question": "prompt", "answer": "extra_info.final"}
+    (prompt,) = prompts(SourceSettings(path=path, columns=inside | {"id": "id", "data_source": "messages"}))
+    assert (prompt.ground_truth, prompt.id, prompt.extra["id"]) == ("red", "6", "x")
+    with pytest.raises(CorpusError, match="no column reward_model"):
+        find_fragments([SourceSettings(path=path, columns={"id": "extra_info"})], ("prompt", "reward_model"))
+
+
+def test_several_images_may_be_mapped_to_the_name_of_one(tmp_path, make):
+    (tmp_path / "0.png").write_bytes(make.png(1))
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "<image><image>?", "images": ["0.png", "0.png"]}])
+    (prompt,) = prompts(SourceSettings(path=path, columns={"image": "images"}))
+    assert prompt.images == (make.png(1),) * 2
+
+
 def test_a_format_can_be_named_and_an_unknown_one_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.txt", [line(0)])
     with pytest.raises(CorpusError, match=r"a.txt: not known what .txt is .*name it as `format`"):
@@ -221,7 +266,7 @@ def test_an_array_over_the_stated_size_says_how_to_convert_it(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([line(i) for i in range(40)]))
     message = r"0 MB in one JSON array \(corpora.max_json_mb is 0.001.*jq -c '\.\[\]' a.json > a.jsonl"
     with pytest.raises(CorpusError, match=message):
-        find_fragments([tmp_path / "a.json"], max_json_mb=0.001)
+        find_fragments([tmp_path / "a.json"], settings=CorporaSettings(max_json_mb=0.001))
 
 
 def test_bad_lines_are_named_by_the_byte_they_begin_at(tmp_path):

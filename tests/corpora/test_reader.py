@@ -1,9 +1,14 @@
 import pickle
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prism_ray.config.corpora import CorporaSettings
 from prism_ray.corpora.quarantine import Quarantine, Quarantined
 from prism_ray.corpora.reader import CorpusError, RowOrder, find_fragments, prompt_at, read_piece
 
@@ -79,6 +84,23 @@ def test_missing_column_and_no_rows(tmp_path, make):
         find_fragments([tmp_path / "b.parquet"])
 
 
+def test_a_row_group_too_large_to_be_read_at_once_is_refused_with_the_command_that_makes_smaller_ones(
+    tmp_path, make, monkeypatch
+):
+    path = make.write(tmp_path / "a.parquet", map(make.row, range(40)), group=40)
+    size = pq.ParquetFile(path).metadata.row_group(0).total_byte_size / 2**20
+    find_fragments([path], settings=CorporaSettings(max_row_group_mb=size))
+    with pytest.raises(CorpusError, match="a.parquet: row group 0 holds .* MB .corpora.max_row_group_mb is ") as caught:
+        find_fragments([path], settings=CorporaSettings(max_row_group_mb=size / 4))
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert command[0] == "python"
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert pq.read_table("a_small.parquet").equals(pq.read_table(path))
+    small = find_fragments([tmp_path / "a_small.parquet"], settings=CorporaSettings(max_row_group_mb=size / 4))
+    assert len(small) > 4 and sum(f.rows for f in small) == 40
+
+
 def test_damage_inside_a_file_names_it(tmp_path, make):
     path = make.write(tmp_path / "a.parquet", map(make.row, range(40)), group=40)
     data = bytearray(path.read_bytes())
@@ -101,6 +123,37 @@ def test_quarantine_counts_writes_and_stops(tmp_path):
     bad.write(tmp_path / "q.parquet")
     kept = pq.read_table(tmp_path / "q.parquet").to_pylist()
     assert [k["row"] for k in kept] == [1, 2, 3] and kept[2]["detail"] == "no text"
+
+
+def test_a_torn_quarantine_is_set_aside_and_written_anew(tmp_path, caplog):
+    path = tmp_path / "q.parquet"
+    bad = Quarantine("corpus", rows=100, max_share=0.02)
+    bad.add([Quarantined("a", 1, "prompt: empty")])
+    bad.write(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    bad.write(path)
+    assert [k["row"] for k in pq.read_table(path).to_pylist()] == [1]
+    assert (tmp_path / "q.parquet.unreadable").read_bytes() == whole[: len(whole) // 2]
+    assert "q.parquet cannot be read" in caplog.text and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_quarantine_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "q.parquet"
+    bad = Quarantine("corpus", rows=100, max_share=0.5)
+    bad.add([Quarantined("a", 1, "prompt: empty")])
+    bad.write(path)
+    before = path.read_bytes()
+
+    def killed(table, place):
+        Path(place).write_bytes(b"PAR1")
+        raise KeyboardInterrupt
+
+    bad.add([Quarantined("a", 2, "prompt: empty")])
+    monkeypatch.setattr(pq, "write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bad.write(path)
+    assert path.read_bytes() == before
 
 
 def test_no_bad_rows_no_file(tmp_path):

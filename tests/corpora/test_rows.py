@@ -120,6 +120,14 @@ def test_a_reference_that_the_judge_refuses_is_kept_with_its_words(make):
     assert caught.value.reason == "teacher_response: cannot be judged"
 
 
+def test_a_truth_that_the_verifier_refuses_is_kept_with_its_words(make):
+    needs = Requirements(ground_truth=True, truth_refusal=lambda p: "no number" if p.ground_truth == "red" else "")
+    check(prompt_from_row(make.row()), needs)
+    with pytest.raises(BadRow, match="no number") as caught:
+        check(prompt_from_row(make.row(reward_model={"ground_truth": "red"})), needs)
+    assert caught.value.reason == "reward_model: cannot be judged"
+
+
 def test_requirements(make, reason):
     assert reason({}, Requirements(max_image_pixels=100)) == "images: too many pixels"
     missing = {"reward_model": None, "answer": None, "extra_info": json.dumps({})}

@@ -148,6 +148,19 @@ def test_every_bad_row_is_named_and_too_many_of_them_stop_the_run(cluster, polic
     assert "reward_model: no ground truth: 2" in result["stops"]["rlvr"]
 
 
+def test_truths_that_the_configured_verifier_or_truth_cannot_use_are_quarantined(cluster, policy, tmp_path):
+    rows = [prompt(i) for i in range(3)] + [prompt(3, ground_truth="7" * 2000)]
+    corpora = four(tmp_path, rlvr=write(tmp_path / "long.parquet", rows), evaluate=tmp_path / "long.parquet")
+    judges = ["verify.environment=prism/Answer-v0", "evaluate.truth=prism_ray.verify.answer:truth_of"]
+    result = check_corpora(settings(tmp_path, policy, corpora, *judges))
+    for name in ("rlvr", "evaluate"):
+        assert result["corpora"][name]["quarantined"] == {"reward_model: cannot be judged": 1}
+    assert "the ground truth is longer than 1023 characters" in kept(tmp_path)[0]["detail"]
+    assert result["stops"].keys() == {"rlvr", "evaluate"}
+    others = check_corpora(settings(tmp_path, policy, corpora))
+    assert others["stops"] == {}, "another verifier may know what to do with it"
+
+
 def test_repeated_ids_are_quarantined_where_each_is_trained_on_once(cluster, policy, tmp_path):
     again = write(tmp_path / "again.parquet", [prompt(i, id=f"p{i % 3}") for i in range(4)])
     corpora = four(tmp_path, align=again)

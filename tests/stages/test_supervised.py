@@ -253,6 +253,37 @@ def test_phases_follow_each_other_from_any_step(world):
     assert list(shard._tasks(7, Pace(shard.settings))) == []
 
 
+def seen_by(data, rank, ranks, first_step):
+    """Names of the rows that a rank learns from, by step."""
+    shard = Shard((data,), rank, ranks, 1, CorporaSettings(rows_per_task=4))
+    made = [row for task in shard._tasks(first_step, Pace(shard.settings)) for row in shard._prepare(task)]
+    return {row["step"]: [s.prompt.id for m in pickle.loads(row["portion"]).micro for s in m] for row in made}
+
+
+@pytest.mark.parametrize("bad", [[3], [3, 4, 5, 6, 7]])
+def test_a_rank_whose_share_of_a_step_is_bad_takes_the_next_good_row_wherever_reading_begins(world, tmp_path, bad):
+    model, paths = world
+    corpus = damaged(paths["sft"], tmp_path, rows=bad)
+    task = ResponseTask(str(model), 256, 256, PIXELS)
+    data = Course("sft", task, RowOrder(find_fragments([corpus], task.required), 5), 6, 4)
+    names = [getattr(getattr(s, "prompt", None), "id", "") for s in task.prepare(entries(data, 0, 48))]
+    for rank in range(4):
+        whole = seen_by(data, rank, 4, 0)
+        assert all(len(ids) == 1 for ids in whole.values()) and len(whole) == 6
+        for step, (name,) in whole.items():
+            assert name == next(filter(None, names[4 * step + rank :]))
+            assert seen_by(data, rank, 4, step)[step] == [name]
+
+
+@pytest.mark.parametrize("split", ["sft", "pretrain"])
+def test_a_corpus_without_a_good_row_far_and_wide_says_so(world, tmp_path, split):
+    corpus = damaged(world[1][split], tmp_path, rows=range(24))
+    task = course(world, split=split).task
+    data = Course("sft", task, RowOrder(find_fragments([corpus], task.required), 5), 6, 4)
+    with pytest.raises(CorpusError, match="sft: 1,024 rows in a row cannot be used .images: .*; repair the corpus"):
+        seen_by(data, 1, 4, 0)
+
+
 def test_rows_that_do_not_fit_are_quarantined(world):
     whole = course(world)
     rows = entries(whole, 0, 3)

@@ -1,4 +1,5 @@
 import io
+import pickle
 
 import gymnasium
 import numpy as np
@@ -10,6 +11,8 @@ from prism_ray.records import Prompt
 from prism_ray.response import render
 from prism_ray.verify.answer import truth_of
 from prism_ray.verify.environment import AnyText
+from prism_ray.verify.judging import truth_refusal
+from prism_ray.verify.symbolic import SymbolicChecker
 
 IDS = ("prism/Answer-v0", "prism/Math-v0", "prism/MultipleChoice-v0", "prism/Number-v0")
 
@@ -105,6 +108,19 @@ def test_a_truth_of_another_kind_is_named(name, truth, what):
         rewards(name, truth, "5")
 
 
+def test_what_an_environment_cannot_judge_is_known_ahead_and_in_other_processes():
+    def refused(name, truth, **extra):
+        refusal = pickle.loads(pickle.dumps(truth_refusal(name)))
+        return refusal(Prompt("p", (), ground_truth=truth, extra=extra))
+
+    assert refused("prism/Answer-v0", "7" * 1023) == ""
+    assert "longer than 1023 characters" in refused("prism/Answer-v0", "7" * 1024)
+    assert "is no list" in refused("prism/Math-v0", "7", equivalent_answers="7")
+    assert "names no option" in refused("prism/MultipleChoice-v0", "5 cm") and not refused("prism/Math-v0", "5 cm")
+    assert "is no number" in refused("prism/Number-v0", "red")
+    assert truth_refusal("prism_ray.testbed.environment:prism/Testbed-v0") is None
+
+
 def test_any_of_the_equivalent_answers_is_right():
     assert rewards("prism/Answer-v0", "5", "7", "5", "6", equivalent_answers=["7"]) == pytest.approx([1.0, 1.0, 0.2])
     assert rewards("prism/Answer-v0", "5", "7", equivalent_answers=["7", "__EMPTY__"]) == pytest.approx([0.2])
@@ -117,6 +133,45 @@ def test_a_bomb_is_only_wrong_and_said_to_have_been_cut():
         assert (reward, info["cut"], info["rule"]) == (pytest.approx(0.2), 1.0, "none")
         _, reward, _, _, info = env.step(render("c", "t", "3+4"))
         assert (reward, info["cut"], info["rule"]) == (1.0, 0.0, "symbolic")
+
+
+def watched(checker, monkeypatch):
+    """What is asked of a checker from now on: (limit, what came of it)."""
+    asked, compare = [], checker.compare
+
+    def noting(truth, answer, limit_s=None):
+        asked.append((limit_s, compare(truth, answer, limit_s)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(checker, "compare", noting)
+    return asked
+
+
+def test_all_comparisons_of_an_answer_share_one_limit(monkeypatch):
+    bomb = "9^{9^{9^{9}}}"
+    with gymnasium.make("prism/Answer-v0", disable_env_checker=True, limit_s=0.5) as env:
+        asked = watched(env.unwrapped._checker, monkeypatch)
+        for truth, answer in (("7", bomb), ("7x, 8x", f"{bomb}x, {bomb}")):
+            prompt = Prompt("p", (), ground_truth=truth, extra={"equivalent_answers": ["8x", "9x", "10x", "11x"]})
+            env.reset(options={"prompt": prompt})
+            *_, info = env.step(render("c", "t", answer))
+            assert info["cut"] == 1.0 and [compared.cut for _, compared in asked] == [True], "asked of a spent limit"
+            asked.clear()
+        env.reset(options={"prompt": Prompt("p", (), ground_truth="x+1", extra={"equivalent_answers": ["x+2", "x+3"]})})
+        assert env.step(render("c", "t", "3+x"))[1] == 1.0
+        limits = [limit for limit, _ in asked]
+        assert limits == pytest.approx([0.5 - sum(c.spent_s for _, c in asked[:i]) for i in range(3)])
+        assert 0.5 == limits[0] > limits[1] > limits[2]
+
+
+def test_the_evaluation_spends_no_more_on_an_answer_either(monkeypatch):
+    monkeypatch.setattr("prism_ray.verify.answer._checker", lambda: checker)
+    checker = SymbolicChecker(0.5)
+    asked = watched(checker, monkeypatch)
+    prompt = Prompt("p", (), ground_truth="7", extra={"equivalent_answers": ["8", "9"]})
+    assert truth_of(render("c", "t", "9^{9^{9^{9}}}"), prompt) == {"answer": 0.0, "format": 1.0}
+    assert len(asked) == 1
+    checker.close()
 
 
 def test_evaluation_uses_the_same_rules():
