@@ -110,7 +110,8 @@ def read_samples(folder: Path) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     batch: list[dict[str, Any]] = []
     reached = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # splitlines would cut at U+2028 and others, which JSON leaves inside a line
         try:
             row = json.loads(line)
         except ValueError:

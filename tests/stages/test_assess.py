@@ -21,7 +21,7 @@ from prism_ray.corpora.references import FIELDS, row_of
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Prompt
 from prism_ray.report.intervals import wilson
-from prism_ray.stages.assess import SAMPLES, AssessError, check_inputs, read_samples, result_of
+from prism_ray.stages.assess import SAMPLES, AssessError, _note, check_inputs, read_samples, result_of
 from prism_ray.testbed.corpora import write_corpora
 from prism_ray.testbed.words import vocabulary
 
@@ -74,6 +74,17 @@ def test_a_batch_that_a_kill_has_torn_is_sampled_again(tmp_path):
     assert read_samples(tmp_path) == ([first, second, third], 3)
     noted(tmp_path, third, {"from": 2, "next": 3, "count": 1}, {"from": 3, "next": 8, "count": 0})
     assert read_samples(tmp_path) == ([first, second, third], 8), "once each; a batch of unusable rows counts"
+
+
+def test_a_line_ends_with_a_newline_and_with_nothing_else(tmp_path):
+    """JSON leaves the characters as they are that end a line to `str.splitlines`."""
+    text = "a\u2028b\u2029c\u0085d\x0be\x1cf\rg"
+    said = row(0, text, 1.0) | {"question": text, "ground_truth": text}
+    said["sampled"][0]["response"] = text
+    _note(tmp_path / SAMPLES, [said], 0, 1)
+    _note(tmp_path / SAMPLES, [row(1, "a", 1.0)], 1, 2)
+    assert "\u2028" in (tmp_path / SAMPLES).read_text(encoding="utf-8")
+    assert read_samples(tmp_path) == ([said, row(1, "a", 1.0)], 2)
 
 
 @pytest.fixture(scope="module")
