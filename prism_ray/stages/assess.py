@@ -18,7 +18,7 @@ import numpy as np
 
 from prism_ray.config.evaluation import EvaluationSettings
 from prism_ray.corpora.curation import RIGHT, pass_at_k
-from prism_ray.corpora.files import Source, path_of
+from prism_ray.corpora.files import Fragment, Source, path_of
 from prism_ray.corpora.reader import RowOrder, find_fragments
 from prism_ray.corpora.stream import PromptStream
 from prism_ray.models.ahead import TokenCounter
@@ -57,7 +57,7 @@ def check_inputs(settings: EvaluationSettings) -> None:
     make_environment(settings.verify.environment, settings.verify.options).close()
     if not corpus_of(settings):
         raise AssessError("prompts is empty, and so is data.evaluate; name the corpora to evaluate on")
-    find_fragments(corpus_of(settings), ("prompt", "reward_model"))
+    _fragments(settings)
     if changed := made_alike(settings.output / _STAMP, _what_shapes(settings)):
         raise AssessError(
             f"{settings.output} holds samples made with another {changed}; choose another output, or delete the folder"
@@ -69,6 +69,10 @@ def corpus_of(settings: EvaluationSettings) -> list[Source]:
     return [*(settings.prompts or settings.data.evaluate)]
 
 
+def _fragments(settings: EvaluationSettings) -> list[Fragment]:
+    return find_fragments(corpus_of(settings), ("prompt", "reward_model"), settings.corpora.max_json_mb)
+
+
 def start_cluster(settings: EvaluationSettings) -> None:
     """Join or start Ray, and refuse a configuration that it cannot hold (ClusterError)."""
     cluster.start(settings.cluster)
@@ -77,7 +81,7 @@ def start_cluster(settings: EvaluationSettings) -> None:
 
 async def assess(settings: EvaluationSettings) -> dict[str, Any] | None:
     """Sample and judge what is missing and write the result; returns it, or None if it was interrupted."""
-    order = RowOrder(find_fragments(corpus_of(settings)), settings.seed)
+    order = RowOrder(_fragments(settings), settings.seed)
     wanted = min(order.rows, settings.limit or order.rows)
     _, done = read_samples(settings.output)
     if done < wanted and not await until_signal(_sample_all(settings, done, wanted)):
@@ -149,7 +153,7 @@ def _what_shapes(settings: EvaluationSettings) -> dict[str, Any]:
     names = {"max_response_tokens", "max_model_len", "max_images", "dtype"}
     return {
         "checkpoint": [str(settings.checkpoint.resolve()), *_stats(sorted(settings.checkpoint.glob("*.safetensors")))],
-        "prompts": _stats(sorted({Path(f.file) for f in find_fragments(corpus_of(settings))})),
+        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings)})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
         "by": [settings.by, *([settings.evaluate.truth] if settings.by == "truth" else verdicts_of(settings.verify))],
         "n": settings.n,
