@@ -94,7 +94,8 @@ class Intake:
         most, found = int(self._limits.body_mb * 2**20), bytearray()
         try:
             async with (
-                httpx.AsyncClient(timeout=self._fetch_timeout_s, follow_redirects=False, trust_env=False) as client,
+                asyncio.timeout(self._fetch_timeout_s),
+                httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=False) as client,
                 client.stream("GET", url) as response,
             ):
                 if response.status_code != 200:
@@ -103,6 +104,9 @@ class Intake:
                     found += chunk
                     if len(found) > most:
                         raise EndpointError(422, "image_too_large", f"image {index} has more than {most} bytes")
+        except TimeoutError:
+            what = f"image {index}: not fetched within {self._fetch_timeout_s:g} s"
+            raise EndpointError(422, "bad_image", what) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EndpointError(422, "bad_image", f"image {index}: not fetched ({type(error).__name__})") from None
         return bytes(found)
