@@ -161,6 +161,8 @@ class ScorerGroup:
         self._held: tuple[Any, int] = (None, 0)
         self._restarts: dict[int, int] = {}
         """Of every scorer that there should be, how often it was replaced."""
+        self._successors: dict[int, asyncio.Task[None]] = {}
+        """Of every scorer that was replaced, the last start of another."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._couriers: dict[int, asyncio.Task[None]] = {}
         self._guards: dict[int, asyncio.Task[None]] = {}
@@ -225,7 +227,7 @@ class ScorerGroup:
             return self._fail(RuntimeError(what))  # not Lost: to begin anew would end here again
         self._restarts[index] += 1
         log.warning("%s; its %d groups go to others, restart %d of at most %d", error, groups, done + 1, most)
-        self._spawn(self._restart(index))
+        self._successors[index] = self._spawn(self._restart(index))
 
     async def _restart(self, index: int) -> None:
         try:
@@ -281,7 +283,9 @@ class ScorerGroup:
 
     async def _remove(self, index: int) -> None:
         seat = self.seats.get(index)
-        if seat is None:  # it is being restarted, and will not be admitted
+        if seat is None:
+            if index in self._successors:
+                self._successors[index].cancel()
             return
         seat.leaving = True
         while seat.groups and self.seats.get(index) is seat:

@@ -85,10 +85,11 @@ class ResponseViews:
 
 def seen_prompts(prompts: Sequence[Prompt], encoder: Encoder, settings: DiscriminatorSettings) -> list[EncodedPrompt]:
     """The prompts as the judge sees them: with their images, or (`sees_images: false`) as if they had none."""
-    return encoder.prompts(prompts if settings.sees_images else [_without_images(p) for p in prompts])
+    return encoder.prompts(prompts if settings.sees_images else [without_images(p) for p in prompts])
 
 
-def _without_images(prompt: Prompt) -> Prompt:
+def without_images(prompt: Prompt) -> Prompt:
+    """The prompt as if it had no images."""
     messages = tuple({**m, "content": m["content"].replace(MARKER, "")} for m in prompt.messages)
     return replace(prompt, messages=messages, images=())
 

@@ -45,7 +45,7 @@ Image = Annotated[
     Any,
     BeforeValidator(_image),
     WithJsonSchema(
-        {"type": "string", "description": "An encoded image (PNG, JPEG, WebP, GIF, BMP): base64 or a data: URL."}
+        {"type": "string", "description": "An encoded image (PNG, JPEG, WebP, BMP): base64 or a data: URL."}
     ),
 ]
 

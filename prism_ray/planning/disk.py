@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prism_ray.config.run import RunSettings
 from prism_ray.planning.architecture import Architecture
 from prism_ray.planning.flow import RESPONSE_SHARE, phases
+from prism_ray.planning.layout import judges_itself
 from prism_ray.planning.memory import NUMBER
 
 TOKEN_BYTES = 12 + 4
@@ -43,7 +44,7 @@ def disk_items(settings: RunSettings, policy: Architecture, judge: Architecture)
             states[stage] = _training_state(policy.total, trained, small)
             items.append(Item(f"{stage}/checkpoint", policy.total * small))
             items.append(Item(f"{stage}: journal", _journal(s, stage)))
-            if stage == "align":
+            if judges_itself(stage, s):
                 states[stage] += _training_state(judge.total, judge.total, judge_small)
                 items.append(Item("align/discriminator", judge.total * judge_small))
     if states:

@@ -14,6 +14,7 @@ from prism_ray.config.run import RunSettings
 from prism_ray.config.stages import PhaseSettings
 from prism_ray.planning.architecture import Architecture
 from prism_ray.planning.hardware import Hardware
+from prism_ray.planning.layout import judges_itself
 from prism_ray.planning.memory import NUMBER
 
 MFU = 0.35
@@ -127,7 +128,8 @@ def flow(
     train = _tokens(phase, settings, prompt, response) / (rank * settings.learner.ranks)
     if rates.engines_waited:
         generate = min(generate, train)
-    judging = _judging(settings, judge, hardware, groups, prompt, response) if stage == "align" else 0.0
+    itself = judges_itself(stage, settings)
+    judging = _judging(settings, judge, hardware, groups, prompt, response) if itself else 0.0
     taking = {"generation": generate, "the judge": judging, "the learner": train}
     slowest = max(reversed(taking), key=lambda name: taking[name])  # of equals the last
     if ahead:

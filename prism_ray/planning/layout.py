@@ -105,6 +105,11 @@ def layouts(settings: RunSettings) -> tuple[Layout, ...]:
     return tuple(layout(s, settings) for s in STAGES if s in settings.stages and _computes(s, settings))
 
 
+def judges_itself(stage: str, settings: RunSettings) -> bool:
+    """Whether the run's own discriminator works in a stage, and not one that is served elsewhere."""
+    return stage in JUDGED and not (stage == "align" and settings.align.judge == "serve")
+
+
 def layout(stage: StageName, settings: RunSettings) -> Layout:
     """What a stage reserves. Engines are counted in a supervised stage only where an earlier stage has started them."""
     s = settings
@@ -116,7 +121,7 @@ def layout(stage: StageName, settings: RunSettings) -> Layout:
         groups.append(trainer(s.trainer))
     if stage in TRAINED and s.cluster.layout == "split":
         groups.append(learner(s.learner))
-    if stage in JUDGED and not (stage == "align" and s.align.judge == "serve"):  # that judge is somewhere else
+    if judges_itself(stage, s):
         groups += judge(s.discriminator)
     if stage in TRAINED and stage != "align" and s.rlvr.judge == "own" and s.verify.worker_cpus:
         setting = f"verify.workers = {s.verify.workers}"
@@ -133,7 +138,7 @@ def whole_run(settings: RunSettings) -> tuple[Group, ...]:
     stages = set(settings.stages)
     split = settings.cluster.layout == "split" and stages & set(TRAINED)
     own = [learner(settings.learner)] if split else []
-    judges = judge(settings.discriminator) if stages & set(JUDGED) else []
+    judges = judge(settings.discriminator) if any(judges_itself(s, settings) for s in stages) else []
     return (*engines(settings.rollout, settings), *own, *judges)
 
 

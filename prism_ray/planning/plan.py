@@ -10,7 +10,7 @@ from prism_ray.planning.architecture import Architecture, architecture_of, tiny
 from prism_ray.planning.disk import Item, disk_items
 from prism_ray.planning.flow import Flow, Rates, flow, phases
 from prism_ray.planning.hardware import GIB, Hardware
-from prism_ray.planning.layout import Layout, Misfit, Placed, assign, layouts
+from prism_ray.planning.layout import Layout, Misfit, Placed, assign, judges_itself, layouts
 from prism_ray.planning.usage import Usage, host_problems, kv_tokens, problems_of, usages
 
 
@@ -84,7 +84,7 @@ def _splits(settings: RunSettings) -> list[str]:
                 f"{name}.loop.groups_per_step is {groups} but a group stays on one of learner.ranks = "
                 f"{s.learner.ranks}; lower learner.ranks or raise {name}.loop.groups_per_step"
             )
-        if stage == "align" and groups < s.discriminator.ranks:
+        if judges_itself(stage, s) and groups < s.discriminator.ranks:
             found.append(
                 f"align.loop.groups_per_step is {groups} but every one of discriminator.ranks = "
                 f"{s.discriminator.ranks} needs a group; lower discriminator.ranks"

@@ -64,7 +64,7 @@ def usages(settings: RunSettings, policy: Architecture, judge: Architecture, har
         found.append(_engine(s, policy, hardware))
     if stages & set(layout.TRAINED):
         found.append(_learner(s, policy))
-    if stages & set(layout.JUDGED):
+    if any(layout.judges_itself(stage, s) for stage in stages):
         found.append(_rank(s, judge))
         if s.discriminator.scorers:
             found.append(_scorer(s, judge))

@@ -158,10 +158,9 @@ class RolloutPool(Dispatching):
             raise ValueError(f"rollout.engines is {engines}; a pool needs at least one")
         self._wanted = engines
         self.settings = self.settings.model_copy(update={"engines": engines})
+        await asyncio.gather(*(self._give_up(i) for i in list(self._restarting) if i >= engines))
         missing = [i for i in range(engines) if i not in self._ready and i not in self._restarting]
         surplus = [self._ready.pop(i) for i in list(self._ready) if i >= engines]
-        for task in [self._restarting[i] for i in self._restarting if i >= engines]:
-            task.cancel()
         starts = [asyncio.create_task(self._start(i)) for i in missing]
         try:
             await asyncio.gather(*starts, *(self._dismiss(engine) for engine in surplus))
@@ -320,6 +319,14 @@ class RolloutPool(Dispatching):
             del self._restarting[index]
         if failure is not None:
             self._replace(index, failure, 0)
+
+    async def _give_up(self, index: int) -> None:
+        """End the start of a successor that is no longer wanted."""
+        while restart := self._restarting.get(index):
+            restart.cancel()
+            await asyncio.wait({restart})
+        if index not in self._ready:
+            self._places.leave(index)
 
     async def _dismiss(self, engine: PoolEngine) -> None:
         """End an engine that was removed, once it has handed back what it had."""

@@ -58,24 +58,27 @@ class Load:
 
     def __init__(self, bound: Bound | None, clock: Callable[[], float] = time.monotonic) -> None:
         """Without a bound (it is not known yet) nothing is refused."""
-        self.bound, self._clock = bound, clock
+        self.bound, self.clock = bound, clock
         self.open = 0
         self.per_s: float | None = None
-        self._scored, self._worked_s, self._since = 0, 0.0, 0.0
+        self._scored, self._worked_s, self._counted = 0, 0.0, -math.inf
 
     def enter(self) -> None:
         """A request more."""
-        if not self.open:
-            self._since = self._clock()
         self.open += 1
 
-    def leave(self, scored: bool) -> None:
-        """A request less; only those that were scored say how fast that goes."""
-        now = self._clock()
-        self._worked_s, self._since = self._worked_s + now - self._since, now
+    def leave(self, began: float | None) -> None:
+        """A request less. `began` is when the body of one that was scored was there; None says that it was not scored.
+
+        Work is the time in which there was one that is scored in the end, and not the time of slow bodies.
+        """
         self.open -= 1
-        self._scored += scored
-        if self._scored and self._worked_s >= _WINDOW_S:
+        if began is None:
+            return
+        now = self.clock()
+        self._worked_s, self._counted = self._worked_s + now - max(began, self._counted), now
+        self._scored += 1
+        if self._worked_s >= _WINDOW_S:
             rate = self._scored / self._worked_s
             self.per_s = rate if self.per_s is None else _MEMORY * self.per_s + (1 - _MEMORY) * rate
             self._scored, self._worked_s = 0, 0.0
@@ -113,7 +116,14 @@ class Admission:
             return await self._app(scope, receive, send)
         if refusal := self.load.refusal():
             return await failure(refusal, _header(scope, "accept"))(scope, receive, send)
-        status = 0
+        status, began = 0, None
+
+        async def noting() -> Message:
+            nonlocal began
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                began = self.load.clock()
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -122,9 +132,9 @@ class Admission:
 
         self.load.enter()
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, noting, noted)
         finally:
-            self.load.leave(scored=status == 200)
+            self.load.leave(began if status == 200 else None)
 
     def _outgoing(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """`send` with what is said of the bound."""

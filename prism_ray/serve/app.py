@@ -36,6 +36,7 @@ from prism_ray.endpoint.wire import (
 from prism_ray.serve.admission import Admission, Bound
 from prism_ray.serve.answers import accepts_msgpack, failure, media_type_of, response
 from prism_ray.serve.auth import Guard
+from prism_ray.serve.batching import too_late
 from prism_ray.serve.examples import COMPARE_EXAMPLE, SCORE_EXAMPLE
 from prism_ray.serve.intake import Intake, Query
 from prism_ray.serve.scoring import preference
@@ -120,8 +121,13 @@ class _Door:
         except TimeoutError:
             raise EndpointError(408, "slow_body", f"the body took more than {self._timeout_s:g} s to arrive") from None
         asked = read_body(cls, body, media_type)
-        query = await self._intake.query(asked)
-        return query, max(0.0, min(asked.timeout_s or self._timeout_s, self._timeout_s) + began - time.monotonic())
+        deadline = began + min(asked.timeout_s or self._timeout_s, self._timeout_s)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                query = await self._intake.query(asked)  # which may fetch images
+        except TimeoutError:
+            raise too_late() from None
+        return query, max(0.0, deadline - time.monotonic())
 
     async def _body(self, request: Request) -> bytes:
         """The body; EndpointError as soon as it is known to be too large, whatever its header says."""

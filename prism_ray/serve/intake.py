@@ -22,7 +22,7 @@ from prism_ray.corpora.rows import MARKER, BadRow
 from prism_ray.endpoint.wire import CompareRequest, EndpointError, ImagePart, ScoreRequest, TextPart
 from prism_ray.records import Prompt
 
-_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")
 """How the kinds of image begin that are decoded (and WebP, which says so at byte 8). PIL knows dozens more, some of
 which run other programs."""
 
@@ -66,7 +66,7 @@ class Intake:
             return await asyncio.to_thread(_png, index, item, self._limits)
         data = item if isinstance(item, bytes) else await self._text_image(index, item)
         if not (data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
-            raise EndpointError(422, "bad_image", f"image {index} is no PNG, JPEG, WebP, GIF or BMP; convert it")
+            raise EndpointError(422, "bad_image", f"image {index} is no PNG, JPEG, WebP or BMP; convert it")
         return data
 
     async def _text_image(self, index: int, text: str) -> bytes:
@@ -94,7 +94,8 @@ class Intake:
         most, found = int(self._limits.body_mb * 2**20), bytearray()
         try:
             async with (
-                httpx.AsyncClient(timeout=self._fetch_timeout_s, follow_redirects=False, trust_env=False) as client,
+                asyncio.timeout(self._fetch_timeout_s),
+                httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=False) as client,
                 client.stream("GET", url) as response,
             ):
                 if response.status_code != 200:
@@ -103,6 +104,9 @@ class Intake:
                     found += chunk
                     if len(found) > most:
                         raise EndpointError(422, "image_too_large", f"image {index} has more than {most} bytes")
+        except TimeoutError:
+            what = f"image {index}: not fetched within {self._fetch_timeout_s:g} s"
+            raise EndpointError(422, "bad_image", what) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EndpointError(422, "bad_image", f"image {index}: not fetched ({type(error).__name__})") from None
         return bytes(found)

@@ -57,7 +57,7 @@ def check_inputs(settings: EvaluationSettings) -> None:
     make_environment(settings.verify.environment, settings.verify.options).close()
     if not corpus_of(settings):
         raise AssessError("prompts is empty, and so is data.evaluate; name the corpora to evaluate on")
-    _fragments(settings, "prompt", "reward_model")
+    _fragments(settings)
     if changed := made_alike(settings.output / _STAMP, _what_shapes(settings)):
         raise AssessError(
             f"{settings.output} holds samples made with another {changed}; choose another output, or delete the folder"
@@ -69,8 +69,8 @@ def corpus_of(settings: EvaluationSettings) -> list[Source]:
     return [*(settings.prompts or settings.data.evaluate)]
 
 
-def _fragments(settings: EvaluationSettings, *columns: str) -> list[Fragment]:
-    return find_fragments(corpus_of(settings), columns, settings.corpora)
+def _fragments(settings: EvaluationSettings) -> list[Fragment]:
+    return find_fragments(corpus_of(settings), ("prompt", "reward_model"), settings.corpora)
 
 
 def start_cluster(settings: EvaluationSettings) -> None:
@@ -81,7 +81,7 @@ def start_cluster(settings: EvaluationSettings) -> None:
 
 async def assess(settings: EvaluationSettings) -> dict[str, Any] | None:
     """Sample and judge what is missing and write the result; returns it, or None if it was interrupted."""
-    order = RowOrder(_fragments(settings, "prompt"), settings.seed)
+    order = RowOrder(_fragments(settings), settings.seed)
     wanted = min(order.rows, settings.limit or order.rows)
     _, done = read_samples(settings.output)
     if done < wanted and not await until_signal(_sample_all(settings, done, wanted)):
@@ -114,7 +114,8 @@ def read_samples(folder: Path) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     batch: list[dict[str, Any]] = []
     reached = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # splitlines would cut at U+2028 and others, which JSON leaves inside a line
         try:
             row = json.loads(line)
         except ValueError:
@@ -152,7 +153,7 @@ def _what_shapes(settings: EvaluationSettings) -> dict[str, Any]:
     names = {"max_response_tokens", "max_model_len", "max_images", "dtype"}
     return {
         "checkpoint": [str(settings.checkpoint.resolve()), *_stats(sorted(settings.checkpoint.glob("*.safetensors")))],
-        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings, "prompt")})),
+        "prompts": _stats(sorted({Path(f.file) for f in _fragments(settings)})),
         "rollout": settings.rollout.model_dump(mode="json", include=names),
         "by": [settings.by, *([settings.evaluate.truth] if settings.by == "truth" else verdicts_of(settings.verify))],
         "n": settings.n,

@@ -27,7 +27,7 @@ from prism_ray.discriminator.start import judge_start
 from prism_ray.models.load import check_policy
 from prism_ray.models.template import set_system_turn
 from prism_ray.models.tiny import build_tiny
-from prism_ray.planning.layout import TRAINER, layouts, trainer
+from prism_ray.planning.layout import TRAINER, judges_itself, layouts, trainer
 from prism_ray.report.html import write_report
 from prism_ray.report.incidents import reason
 from prism_ray.report.progress import Progress
@@ -304,9 +304,10 @@ async def _warmup(session: Session) -> Outcome:
 
 async def _align(session: Session) -> Outcome:
     settings = session.settings
+    itself = judges_itself("align", settings)
 
     async def judge() -> StageJudge:
-        if settings.align.judge == "serve":
+        if not itself:
             return await served_judge(settings)
         return await DiscriminatorPool.start(
             session.checkpoint("warmup"),
@@ -332,7 +333,7 @@ async def _align(session: Session) -> Outcome:
             judge,
             needs_reference=True,
             on_end=keep_discriminator,
-            follow=session.follow_scorers if settings.discriminator.scorers else None,
+            follow=session.follow_scorers if itself and settings.discriminator.scorers else None,
         ),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from prism_ray.config.run import RunSettings
@@ -13,6 +15,9 @@ from prism_ray.endpoint.wire import EndpointError
 
 _CHECK_S = 20.0
 """Seconds in which the endpoint must answer before a run starts; later it may be away for longer."""
+_TOKEN_PIXELS = 32**2
+"""Pixels of an image that a token of a prompt stands for (Qwen3-VL): images are sent as large as the policy sees them.
+"""
 
 
 async def served_judge(settings: RunSettings) -> ServedPool:
@@ -26,9 +31,35 @@ def check_served(settings: RunSettings) -> None:
         return
     try:
         with Client(settings.served.url, _token(settings), patience_s=_CHECK_S) as client:
-            check_model(client.model(), settings.served, settings.discriminator.views)
+            model = client.model()
     except EndpointError as error:
         raise ValueError(f"served.url: {settings.served.url} cannot be asked: {error}") from None
+    check_model(model, settings.served, settings.discriminator.views)
+    _check_limits(model.limits, settings)
+
+
+def _check_limits(limits: Mapping[str, float], settings: RunSettings) -> None:
+    """Refuse an endpoint that would refuse prompts of this run, which only their images and their length decide."""
+    url, rollout = settings.served.url, settings.rollout
+    longest, limit = rollout.max_prompt_tokens, limits.get("prompt_tokens", math.inf)
+    length = f"{longest} tokens (rollout.max_model_len less rollout.max_response_tokens)"
+    if longest > limit:
+        raise ValueError(
+            f"{url} takes prompts of {limit:.0f} tokens (its limits.prompt_tokens) but this run's have up to {length}; "
+            "raise the one, or lower the other"
+        )
+    if not settings.served.images or not rollout.max_images:
+        return
+    if rollout.max_images > (limit := limits.get("images", math.inf)):
+        raise ValueError(
+            f"{url} takes {limit:.0f} images a prompt (its limits.images) but rollout.max_images is "
+            f"{rollout.max_images}; raise the one, or lower the other"
+        )
+    if longest * _TOKEN_PIXELS > (limit := limits.get("image_pixels", math.inf)):
+        raise ValueError(
+            f"{url} takes images of {limit:.0f} pixels (its limits.image_pixels) but prompts of {length} may have up "
+            f"to {longest * _TOKEN_PIXELS}; raise the one, or lower the other"
+        )
 
 
 def depends_on(settings: RunSettings) -> dict[str, Any]:

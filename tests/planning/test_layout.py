@@ -154,6 +154,9 @@ def test_the_plan_of_a_whole_run_holds_what_may_run_at_once():
     assert names("stages=[align]") == [*engines, "learner", "judge ranks", "scorer 0"]
     assert names("stages=[rlvr]") == [*engines, "learner"]
     assert names("stages=[evaluate]") == engines
+    served = ("align.judge=serve", "served.url=http://judge:8000")
+    assert names("stages=[align]", *served) == [*engines, "learner"]
+    assert names("stages=[warmup, align]", *served) == [*engines, "learner", "judge ranks", "scorer 0"]
 
 
 BUNDLES = st.lists(st.sampled_from([0, 0.25, 0.5, 1, 2, 4]), min_size=1, max_size=4)

@@ -129,6 +129,20 @@ def test_a_judges_activations_are_those_of_a_whole_group():
     assert 2.5 * few < held() < 3.5 * few, "the prompt, and 17 responses in place of 5"
 
 
+def test_a_judge_that_is_served_elsewhere_is_not_counted():
+    small = ("discriminator.gpus_per_rank=0.5", "discriminator.ranks=5")  # too small, and too many for four groups
+    served = ("align.judge=serve", "served.url=http://judge:8000")
+    assert len(planned([of("4b")], "stages=[align, rlvr]", *small).problems) > 1
+    found = planned([of("4b")], "stages=[align, rlvr]", *small, *served)
+    assert found.problems == [] and [usage.actor for usage in found.usages] == ["engine", "learner rank"]
+    own = planned([of("4b")], "stages=[align, rlvr]")
+    state, own_state = ({i.name: i.bytes for i in p.disk}["align/state, two checkpoints"] for p in (found, own))
+    assert "align/discriminator" not in {item.name for item in found.disk} and state < own_state
+    assert found.flows[0].judge_s == 0 < own.flows[0].judge_s
+    warmed = planned([of("4b")], "stages=[warmup, align]", small[0], *served)
+    assert any("a judge rank needs" in problem for problem in warmed.problems), "a warm-up is always of its own judge"
+
+
 def test_flow_tells_the_bottleneck_and_asynchrony_shortens_an_update():
     asynchronous, in_turn = (
         {flow.stage: flow for flow in planned([of("4b")], f"rlvr.loop.max_staleness={k}").flows}["rlvr"] for k in (1, 0)

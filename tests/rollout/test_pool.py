@@ -15,6 +15,7 @@ from prism_ray.records import Ticket
 from prism_ray.rollout import pool as pool_module
 from prism_ray.rollout.pool import RolloutPool
 from prism_ray.rollout.sampling import EngineFailed
+from prism_ray.runtime.placement import Anywhere
 from tests.rollout.simulated_engine import GARBAGE, SIMULATED_ACTOR
 
 QUICK = RolloutSettings(
@@ -267,6 +268,22 @@ def test_a_new_engine_takes_over_waiting_work_and_a_removed_one_hands_back_what_
     assert {t.stats["engine"] for t in done} == {0}
     kept = [t.stats["rollout/kept_tokens"] for t in done]
     assert sum(k > 0 for k in kept) == 2 and not any(t.stats["rollout/losses"] for t in done)
+
+
+def test_a_successor_that_is_no_longer_wanted_gives_up_its_place_and_keeps_nobody_from_it(make, run):
+    pool, left = make(engines=2), []
+    pool._places = type("Noted", (Anywhere,), {"leave": lambda _, index: left.append(index)})()
+
+    async def scenario():
+        os.kill((await actor(pool, 1).health.remote())["pid"], signal.SIGKILL)
+        await until(lambda: 1 in pool._restarting)
+        await pool.resize(1)
+        assert (list(pool._ready), left) == ([0], [1])
+        await pool.resize(2)
+        assert (sorted(pool._ready), left) == ([0, 1], [1])
+        return await asyncio.gather(*groups(pool, 4))
+
+    check(run(asyncio.wait_for(scenario(), 60)))
 
 
 def test_a_pool_of_no_engines_is_refused(make, run):

@@ -112,7 +112,7 @@ def test_a_wait_beyond_the_time_of_an_answer_is_refused():
     for _ in range(4):  # half a second of work for each, and long pauses
         load.enter()
         clock.now += 0.5
-        load.leave(scored=True)
+        load.leave(clock.now - 0.5)
         clock.now += 60
     assert load.per_s == pytest.approx(2.0)
     for _ in range(20):
@@ -123,11 +123,48 @@ def test_a_wait_beyond_the_time_of_an_answer_is_refused():
     assert refusal and (refusal.status, refusal.code, refusal.retry_after) == (503, "overloaded", 6.0)
     assert "some 10 s" in refusal.message
     clock.now += 100
-    load.leave(scored=False)
+    load.leave(None)
     assert load.per_s == pytest.approx(2.0), "what was not scored says nothing of the rate"
     for _ in range(20):
-        load.leave(scored=True)
+        load.leave(clock.now - 100)
     assert load.per_s == pytest.approx(1.005) and load.refusal() is None, "what is idle refuses nobody"
+
+
+def test_only_requests_that_are_scored_are_work_and_only_once_their_body_is_there():
+    clock, bound = Clock(), Bound(100, 60.0)
+
+    async def app(scope, receive, send) -> None:
+        """Scores for a second what comes within a minute."""
+        while (await receive())["more_body"]:
+            if clock.now > scope["late"]:
+                return await send({"type": "http.response.start", "status": 408, "headers": []})
+        clock.now += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    admission = Admission(app, bound)
+    admission.load = Load(bound, clock)
+
+    async def sent(message) -> None:
+        pass
+
+    def ask(seconds: float, parts: int) -> None:
+        """A request whose body takes so long to come, in so many parts."""
+        left = iter(range(parts))
+
+        async def receive() -> dict:
+            clock.now += seconds / parts
+            return {"type": "http.request", "body": b"x", "more_body": next(left) < parts - 1}
+
+        asyncio.run(admission(scope() | {"late": clock.now + 58}, receive, sent))
+
+    ask(59, 10)
+    ask(0, 1)
+    assert admission.load.per_s == pytest.approx(1.0), "an upload that was given up is no work"
+    ask(50, 10)
+    assert admission.load.per_s == pytest.approx(1.0), "nor is one that comes in time"
+    admission.load.enter()
+    admission.load.enter()
+    assert admission.load.refusal() is None
 
 
 def test_the_time_to_ask_again_follows_the_rate():

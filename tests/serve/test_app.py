@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import socket
 import zlib
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -20,6 +22,8 @@ from prism_ray.discriminator.scorer import judge
 from prism_ray.endpoint.wire import MSGPACK, CompareAnswer, ScoreAnswer, pack, read_answer
 from prism_ray.records import Group, Prompt, Rollout
 from prism_ray.serve.examples import COMPARE_EXAMPLE, SCORE_EXAMPLE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def b64(data: bytes) -> str:
@@ -228,6 +232,24 @@ def test_images_of_other_kinds_and_shapes_are_refused(score, response):
         Image.new("RGB", size).save(data, kind)
         status, answer = score([b64(data.getvalue())], [response()])
         assert (status, answer["error"]["code"]) == (422, "bad_image")
+
+
+def test_the_kinds_of_images_that_are_named_are_those_that_are_decoded(client, score, response):
+    def told(text: str) -> set[str]:
+        return set(re.findall(r"\b(?:PNG|JPEG|WebP|GIF|BMP|TIFF)\b", text))
+
+    decoded, refusals = set(), []
+    for kind in ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF"):
+        data = io.BytesIO()
+        Image.new("RGB", (64, 32)).save(data, kind)
+        status, answer = score([b64(data.getvalue())], [response()])
+        decoded |= {kind} if status == 200 else set()
+        refusals += [answer["error"]["message"]] if status != 200 else []
+    question = client.get("/openapi.json").json()["components"]["schemas"]["ScoreRequest"]["properties"]
+    [readme] = re.findall(r"[^.]*are read, by content\.", (ROOT / "README.md").read_text())
+    for text in (question["images"]["items"]["description"], readme, *refusals):
+        assert told(text) == decoded, text
+    assert len(refusals) == 2 and all("convert it" in text for text in refusals)
 
 
 @pytest.mark.parametrize(

@@ -54,33 +54,44 @@ def test_threads_and_running_loops_may_share_a_client(endpoint, token, response)
     assert {len(a.results) for a in answers} == {1} and len(answers) == 9
 
 
-def test_the_hooks_of_other_trainers_get_the_reward_of_training(endpoint, token, png, response, monkeypatch):
-    """The functions that README gives for TRL and verl."""
+@pytest.fixture
+def of_the_readme(endpoint, token, monkeypatch):
+    """Runs the block of README's Python in which a word stands, against the endpoint; what it has defined."""
     monkeypatch.setenv("PRISM_SERVE_TOKEN", token)
-    client, texts, reference = Client(endpoint.url), [response(), "broken", response(" blue")], response(" red")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
-    def discriminator(prompts, completions, images, reference, **kwargs):
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        asked = [
-            {"prompt": p if isinstance(p, str) else p[-1]["content"], "responses": t, "images": i, "reference": r}
-            for p, t, i, r in zip(prompts, texts, images, reference, strict=True)
-        ]
-        return [answer.results[0].reward for answer in client.score_many(asked)]
+    def run(word: str, **names):
+        [block] = [block for block in blocks if word in block]
+        assert "http://localhost:8000" in block
+        exec(block.replace("http://localhost:8000", endpoint.url), names)
+        return names
 
-    async def compute_score(data_source, solution_str, ground_truth, extra_info):
-        answer = await own.score(extra_info["prompt"], solution_str, extra_info["images"], extra_info["reference"])
-        return answer.results[0].reward
+    return run
+
+
+def test_the_hooks_of_other_trainers_get_the_reward_of_training(of_the_readme, png, response):
+    """The functions that README gives for TRL and verl."""
+    texts, reference = [response(), "broken", response(" blue")], response(" red")
+    trl, verl = of_the_readme("GRPOTrainer"), of_the_readme("compute_score")
 
     async def every():
         extra = {"prompt": "count red", "images": [png()], "reference": reference}
-        return await asyncio.gather(*(compute_score("x", text, "", extra) for text in texts))
+        async with verl["client"]:
+            return await asyncio.gather(*(verl["compute_score"]("x", text, "", extra) for text in texts))
 
     chats = [[{"role": "assistant", "content": text}] for text in texts]
-    rewards = discriminator(["count red"] * 3, chats, [[png()]] * 3, [reference] * 3)
+    with trl["client"]:
+        rewards = trl["discriminator"](["count red"] * 3, chats, [[png()]] * 3, [reference] * 3)
     assert 0 < rewards[0] < 1 and rewards[1] == 0 and rewards[2] != rewards[0]
-    own = AsyncClient(endpoint.url)
     assert asyncio.run(every()) == pytest.approx(rewards, rel=1e-4)
-    client.close()
+
+
+def test_the_readmes_client_prints_scores_and_reasons(of_the_readme, png, response, tmp_path, monkeypatch, capsys):
+    (tmp_path / "square.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    answer = of_the_readme("square.png", responses=[response(), "broken"])["answer"]
+    assert answer.array.shape == (2, 2) and np.isnan(answer.array[1]).all()
+    assert capsys.readouterr().out == f"{answer.array} {['', answer.results[1].reason]}\n"
 
 
 def test_the_curl_lines_of_the_readme_are_answered(endpoint, token, png, tmp_path):

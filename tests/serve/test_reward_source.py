@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from prism_ray.endpoint.client import Client
 from prism_ray.endpoint.wire import EndpointError, Judge
 from prism_ray.models.encode import Encoder
 from prism_ray.models.tiny import build_tiny
-from prism_ray.records import Group, Prompt, Rollout
+from prism_ray.records import Group, Prompt, Rollout, Verdict
 from prism_ray.report.metrics import read_metrics
 from prism_ray.runtime.protocols import Ticket
 from prism_ray.stages.served import check_served, columns_for
@@ -114,12 +115,36 @@ def test_a_run_is_told_early_what_is_wrong_with_its_endpoint(endpoint, token, mo
         with pytest.raises(ValueError, match=what):
             check_served(settings(more))
     check_served(load_config(RunSettings))
+    check_served(settings("served.images=true", "rollout.max_images=8", "rollout.max_model_len=8000"))
+    for more, what in (
+        ("rollout.max_images=9", "takes 8 images a prompt .its limits.images. but rollout.max_images is 9"),
+        ("rollout.max_model_len=8400", "takes prompts of 8192 tokens .* but this run's have up to 8304"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            check_served(settings(more))
     with pytest.raises(ConfigError, match="served.url is empty"):
         load_config(RunSettings, None, ["rlvr.judge=serve"])
     with pytest.raises(ConfigError, match="served.url"):
         settings("served.url=http://user:secret@host/")
     assert columns_for("rlvr", load_config(RunSettings)) == ("reward_model",)
     assert columns_for("rlvr", settings("rlvr.judge=serve")) == ("teacher_response",)
+
+
+def test_images_that_an_endpoint_would_not_take_are_refused(listening, make_folder, tmp_path, token, monkeypatch):
+    """They are sent at the size at which the policy sees them, of which its prompt's longest length tells the most."""
+    monkeypatch.setenv("PRISM_SERVE_TOKEN", token)
+    blind = make_folder(tmp_path / "blind", sees_images=False)
+    with listening(blind, limits={"image_pixels": 163_839, "images": 0}) as endpoint:
+        asking = ["rlvr.judge=serve", f"served.url={endpoint.url}"]
+        check_served(load_config(RunSettings, None, [*asking, "served.images=false"]))
+        check_served(load_config(RunSettings, None, [*asking, "rollout.max_images=0"]))
+        with pytest.raises(ValueError, match="takes 0 images a prompt"):
+            check_served(load_config(RunSettings, None, asking))
+    with listening(limits={"image_pixels": 163_839}) as endpoint:
+        asking = ["rlvr.judge=serve", f"served.url={endpoint.url}", "rollout.max_response_tokens=96"]
+        check_served(load_config(RunSettings, None, [*asking, "rollout.max_model_len=255"]))
+        with pytest.raises(ValueError, match="of 163839 pixels .its limits.image_pixels. but .* up to 163840"):
+            check_served(load_config(RunSettings, None, [*asking, "rollout.max_model_len=256"]))
 
 
 def test_a_pool_judges_groups_in_an_actor_of_its_own(cluster, listening, other_folder, token, group, response):
@@ -147,6 +172,39 @@ def test_a_pool_judges_groups_in_an_actor_of_its_own(cluster, listening, other_f
         assert [v.valid for v in verdicts] == [True, True, False, True] and ticket.id == index
         assert ticket.stats["other"] == 1.0 and "discriminator/gap/reasoning" in ticket.stats
         assert all(v.reference_scores == verdicts[0].reference_scores for v in verdicts if v.valid)
+
+
+async def verdicts_of(url: str, token: str, asked: list[Group], **settings) -> list[tuple[Verdict, ...]]:
+    """What a pool's judge says of groups."""
+    pool = await ServedPool.start(ServedSettings(url=url, **settings), VIEWS, token)
+    try:
+        judged = [await pool.judge(Ticket(g.id, g.prompt.id, g.id, ray.put(g))) for g in asked]
+    finally:
+        pool.shutdown()
+    return [ray.get(ticket.ref).verdicts for ticket in judged]
+
+
+def test_a_judge_that_sees_no_images_is_sent_none(cluster, listening, make_folder, tmp_path, token, group):
+    blind = make_folder(tmp_path / "blind", sees_images=False)
+    with listening(blind) as endpoint:
+        seen, unseen = (asyncio.run(verdicts_of(endpoint.url, token, [group()], images=i)) for i in (True, False))
+    assert [v.valid for v in unseen[0]] == [True, True, False, True] and unseen == seen
+    with listening(blind, limits={"images": 0}) as endpoint:
+        assert asyncio.run(verdicts_of(endpoint.url, token, [group()], images=False)) == seen
+
+
+def test_a_response_that_the_endpoint_would_not_take_is_an_invalid_one(cluster, listening, token, group, response):
+    long = response(" blå" * 80)
+    asked = [group(0, response(), long, response(" blue")), group(0, long, long)]
+    with listening(limits={"response_bytes": 300}) as endpoint:
+        some, none = asyncio.run(verdicts_of(endpoint.url, token, asked))
+        fine = group(0, response())
+        unusable = replace(fine, prompt=replace(fine.prompt, reference=long))
+        with pytest.raises(EndpointError, match=r"prompt p0: the reference has 465 bytes; .*response_too_long"):
+            asyncio.run(verdicts_of(endpoint.url, token, [unusable]))
+    assert [v.valid for v in some] == [True, False, True] and [v.valid for v in none] == [False, False]
+    assert some[1].reason == "465 bytes, and the endpoint takes 300 (its limits.response_bytes)"
+    assert (some[1].reward, some[1].scores) == (0.0, {})
 
 
 @pytest.mark.long

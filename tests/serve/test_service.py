@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -197,7 +198,7 @@ def test_a_watched_link_is_followed_only_where_that_is_wanted(folder, other_fold
 
 
 class _Images(BaseHTTPRequestHandler):
-    """`/image` is one, `/elsewhere` a redirect to it, `/large` never ends."""
+    """`/image` is one, `/elsewhere` a redirect to it, `/large` never ends, `/drip` comes byte by byte."""
 
     image = b""
     asked: list[str] = []
@@ -208,7 +209,10 @@ class _Images(BaseHTTPRequestHandler):
         self.send_header("Location", "/image")
         self.end_headers()
         try:
-            for _ in range(1 if self.path == "/image" else 4096):
+            for byte in self.image[:300] if self.path == "/drip" else b"":
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+            for _ in range({"/image": 1, "/drip": 0}.get(self.path, 4096)):
                 self.wfile.write(self.image)
         except OSError:
             pass
@@ -217,12 +221,21 @@ class _Images(BaseHTTPRequestHandler):
         pass
 
 
-def test_images_are_fetched_from_allowed_origins_only(png, response):
+@pytest.fixture
+def origin(png):
+    """Where `_Images` are."""
     _Images.image, _Images.asked = png(), []
     server = HTTPServer(("127.0.0.1", 0), _Images)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    origin = f"http://127.0.0.1:{server.server_port}"
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_images_are_fetched_from_allowed_origins_only(origin, png, response):
+    port = origin.rpartition(":")[2]
 
     def ask(url: str, *origins: str) -> Query:
         intake = Intake(ServeSettings(image_origins=origins, limits={"body_mb": 0.5}))
@@ -233,22 +246,30 @@ def test_images_are_fetched_from_allowed_origins_only(png, response):
             ask(url, *origins)
         return caught.value.code
 
-    try:
-        assert ask(f"{origin}/image", origin).prompt.images == (png(),)
-        assert _Images.asked == ["/image"]
-        for url in (f"{origin}/image", f"{origin}@evil/", "http://localhost/image", f"{origin}1/image", "ftp://x/y"):
-            assert refusal(url, *((origin,) if not url.endswith(f"{server.server_port}/image") else ())) == (
-                "url_not_allowed"
-            )
-        assert refusal(f"http://u:p@127.0.0.1:{server.server_port}/image", origin) == "url_not_allowed"
-        assert _Images.asked == ["/image"], "nothing was asked"
-        assert refusal(f"{origin}/elsewhere", origin) == refusal(f"{origin}/missing", origin) == "bad_image"
-        assert refusal(f"{origin}/large", origin) == "image_too_large"
-        assert "/elsewhere" in _Images.asked and _Images.asked.count("/image") == 1, "no redirect is followed"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    assert ask(f"{origin}/image", origin).prompt.images == (png(),)
+    assert _Images.asked == ["/image"]
+    for url in (f"{origin}/image", f"{origin}@evil/", "http://localhost/image", f"{origin}1/image", "ftp://x/y"):
+        assert refusal(url, *((origin,) if not url.endswith(f"{port}/image") else ())) == ("url_not_allowed")
+    assert refusal(f"http://u:p@127.0.0.1:{port}/image", origin) == "url_not_allowed"
+    assert _Images.asked == ["/image"], "nothing was asked"
+    assert refusal(f"{origin}/elsewhere", origin) == refusal(f"{origin}/missing", origin) == "bad_image"
+    assert refusal(f"{origin}/large", origin) == "image_too_large"
+    assert "/elsewhere" in _Images.asked and _Images.asked.count("/image") == 1, "no redirect is followed"
+
+
+def test_an_image_that_drips_in_is_not_waited_for(origin, serving, response):
+    """Each byte comes in time, and all of them together do not."""
+    body = {"prompt": "red", "images": [f"{origin}/drip"], "responses": [response()]}
+    with serving(image_origins=[origin], fetch_timeout_s=0.5) as client:
+        answer = client.post("/v1/score", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_image")
+    assert answer.json()["error"]["message"] == "image 0: not fetched within 0.5 s"
+    with serving(image_origins=[origin], fetch_timeout_s=60) as client:
+        answer = client.post("/v1/score", json=body | {"timeout_s": 0.5})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline")
+    with serving(image_origins=[origin], fetch_timeout_s=60, limits={"timeout_s": 0.5}) as client:
+        answer = client.post("/v1/score", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline")
 
 
 @pytest.mark.parametrize("origin", ["images.org", "https://images.org/", "file:///x", "https://u@images.org"])

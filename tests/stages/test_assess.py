@@ -1,5 +1,6 @@
 """The evaluation of a checkpoint on one's own prompts: what its samples come to; and the job, killed and continued."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ from prism_ray.config.evaluation import EvaluationSettings
 from prism_ray.config.load import load_config
 from prism_ray.config.models import TinyModelSettings
 from prism_ray.config.testbed import TestbedSettings
+from prism_ray.corpora.reader import CorpusError
 from prism_ray.corpora.references import FIELDS, row_of
 from prism_ray.models.tiny import build_tiny
 from prism_ray.records import Prompt
 from prism_ray.report.intervals import wilson
-from prism_ray.stages.assess import SAMPLES, AssessError, check_inputs, read_samples, result_of
+from prism_ray.stages.assess import SAMPLES, AssessError, _note, assess, check_inputs, read_samples, result_of
 from prism_ray.testbed.corpora import write_corpora
 from prism_ray.testbed.words import vocabulary
 
@@ -76,6 +78,17 @@ def test_a_batch_that_a_kill_has_torn_is_sampled_again(tmp_path):
     assert read_samples(tmp_path) == ([first, second, third], 8), "once each; a batch of unusable rows counts"
 
 
+def test_a_line_ends_with_a_newline_and_with_nothing_else(tmp_path):
+    """JSON leaves the characters as they are that end a line to `str.splitlines`."""
+    text = "a\u2028b\u2029c\u0085d\x0be\x1cf\rg"
+    said = row(0, text, 1.0) | {"question": text, "ground_truth": text}
+    said["sampled"][0]["response"] = text
+    _note(tmp_path / SAMPLES, [said], 0, 1)
+    _note(tmp_path / SAMPLES, [row(1, "a", 1.0)], 1, 2)
+    assert "\u2028" in (tmp_path / SAMPLES).read_text(encoding="utf-8")
+    assert read_samples(tmp_path) == ([said, row(1, "a", 1.0)], 2)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assess")
@@ -106,6 +119,19 @@ def settings(world, output, *overrides):
 def test_bad_input_is_a_sentence_before_anything_starts(world, tmp_path, overrides, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         check_inputs(settings(world, tmp_path / "out", *overrides))
+
+
+def test_an_array_may_be_as_large_as_the_settings_say(world, tmp_path):
+    turns = [{"role": "user", "content": "how many?"}]
+    rows = [{"prompt": turns, "reward_model": {"ground_truth": str(i), "style": "rule"}} for i in range(40)]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    given = f"prompts=[{tmp_path}/array.json]"
+    check_inputs(settings(world, tmp_path / "out", given))
+    small = settings(world, tmp_path / "small", given, "corpora.max_json_mb=0.001")
+    with pytest.raises(CorpusError, match=r"corpora.max_json_mb is 0.001"):
+        check_inputs(small)
+    with pytest.raises(CorpusError, match=r"corpora.max_json_mb is 0.001"):
+        asyncio.run(assess(small))
 
 
 def test_samples_of_one_folder_are_made_alike(world, tmp_path):

@@ -12,6 +12,7 @@ from prism_ray.records import Ticket
 from prism_ray.report.metrics import MetricsLog
 from prism_ray.report.summary import Summary
 from prism_ray.rollout import pool as pool_module
+from prism_ray.stages import run as run_module
 from prism_ray.stages.session import Session
 from tests.rollout.simulated_engine import SIMULATED_ACTOR
 
@@ -25,6 +26,24 @@ async def until(met):
     async with asyncio.timeout(60):
         while not met():
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("judge", "followed"), [("own", True), ("serve", False)])
+def test_only_the_scorers_of_a_runs_own_judge_come_and_go(tmp_path, monkeypatch, judge, followed):
+    """One that is served elsewhere has none, whatever `discriminator.scorers` says."""
+    phases = []
+
+    async def begin(session, phase):
+        phases.append(phase)
+
+    monkeypatch.setattr(run_module, "run_phase", begin)
+    served = [f"align.judge={judge}", "served.url=http://judge:8000", "discriminator.scorers=1"]
+    settings = load_config(RunSettings, None, [f"runs={tmp_path}", *SMALL, *served])
+    with MetricsLog(tmp_path / "tiny") as metrics:
+        session = Session(settings, metrics, Summary(tmp_path / "tiny", "tiny"))
+        session.corpora = {"align": []}
+        asyncio.run(run_module._align(session))
+    assert [phase.follow is not None for phase in phases] == [followed]
 
 
 @pytest.mark.long

@@ -34,6 +34,15 @@ def check_model(model: ModelAnswer, settings: ServedSettings, views: Sequence[Vi
         raise OtherJudge(f"{settings.url} looks at images but served.images is false; set it to true")
 
 
+def not_taken(texts: Sequence[str], model: ModelAnswer) -> dict[int, Scored]:
+    """What is said of the responses, by their index, that the endpoint would refuse for their length, and the whole
+    request with them."""
+    limit = model.limits.get("response_bytes", math.inf)
+    sizes = enumerate(len(text.encode(errors="replace")) for text in texts)
+    why = f"bytes, and the endpoint takes {limit:.0f} (its limits.response_bytes)"
+    return {index: Scored(valid=False, reason=f"{size} {why}") for index, size in sizes if size > limit}
+
+
 def judged_group(group: Group, answer: ScoreAnswer, model: ModelAnswer) -> tuple[Group, dict[str, float]]:
     """The group with its verdicts, and its metrics. OtherJudge if somebody else than `model` has answered."""
     if answer.model != model.model:

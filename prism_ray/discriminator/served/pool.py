@@ -15,10 +15,11 @@ from ray.exceptions import RayTaskError
 
 from prism_ray.config.served import ServedSettings
 from prism_ray.config.views import ViewSettings
-from prism_ray.discriminator.served.judging import check_model, judged_group
+from prism_ray.discriminator.segments import without_images
+from prism_ray.discriminator.served.judging import check_model, judged_group, not_taken
 from prism_ray.endpoint.client import AsyncClient
-from prism_ray.endpoint.wire import SCORE, ModelAnswer, ScoreAnswer, body_of
-from prism_ray.records import Group, Ratios, Ticket
+from prism_ray.endpoint.wire import SCORE, EndpointError, ModelAnswer, ScoreAnswer, body_of
+from prism_ray.records import Group, Prompt, Ratios, Ticket
 
 _RESTARTS = 5
 
@@ -37,15 +38,23 @@ class _Asker:
 
     @ray.method(num_returns=2)
     async def judge(self, group: Group, model: ModelAnswer) -> tuple[Group, dict[str, float]]:
-        prompt = group.prompt if self._settings.images else replace(group.prompt, images=())
+        prompt = group.prompt if self._settings.images else without_images(group.prompt)
         size = int(model.limits.get("responses", len(group.rollouts)))
         texts = [rollout.text for rollout in group.rollouts]
-        answers = []
-        for first in range(0, len(texts), size):
-            body = body_of(prompt, texts[first : first + size], self._settings.timeout_s)
-            answers.append(await self._client.ask(ScoreAnswer, SCORE, body))
-        whole = answers[0].model_copy(update={"results": [r for answer in answers for r in answer.results]})
-        return judged_group(group, whole, model)
+        refused = not_taken(texts, model)
+        texts = ["" if index in refused else text for index, text in enumerate(texts)]
+        answers = [await self._ask(prompt, texts[first : first + size]) for first in range(0, len(texts), size)]
+        results = [r for answer in answers for r in answer.results]
+        results = [refused.get(index, result) for index, result in enumerate(results)]
+        return judged_group(group, answers[0].model_copy(update={"results": results}), model)
+
+    async def _ask(self, prompt: Prompt, texts: list[str]) -> ScoreAnswer:
+        try:
+            return await self._client.ask(ScoreAnswer, SCORE, body_of(prompt, texts, self._settings.timeout_s))
+        except EndpointError as error:
+            if error.status != 422:
+                raise
+            raise EndpointError(422, error.code, f"prompt {prompt.id}: {error.message}") from None
 
 
 _ACTOR: Any = cast(Any, ray.remote)(_Asker)
