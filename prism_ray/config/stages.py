@@ -116,7 +116,8 @@ class WarmupSettings(Settings):
     """Held-out pair accuracy (pairs of identical text left out) that every view must reach; alignment refuses to start
     below it, because a judge's noise is normalised to full-size policy updates. On the testbed the likelihood form
     passes .99 within 12 steps and aligns; the published scalar head takes 60 to .90 on captions, and aligning with it
-    is worse than not to align at all: what passes this bar need not be good. A policy that is closer to its teacher needs a lower target, chosen knowingly."""
+    is worse than not to align: what passes this bar need not be good. A policy that is closer to its teacher needs a
+    lower target, chosen knowingly."""
 
 
 class EvaluateSettings(Settings):
