@@ -32,14 +32,14 @@ class Standin:
 
 
 async def until(met) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not met():
             await asyncio.sleep(0.02)
 
 
 async def ended(actor) -> None:
     """Until it has."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         with pytest.raises(RayActorError):
             while True:
                 await actor.alive.remote()
@@ -54,7 +54,7 @@ def test_a_successor_that_is_no_longer_wanted_is_ended_and_never_takes_anothers_
         return made[-1]
 
     async def scenario() -> None:
-        group = ScorerGroup(make, DiscriminatorSettings(scorers=2), lambda: None)
+        group = ScorerGroup(make, DiscriminatorSettings(scorers=2, heartbeat_s=60), lambda: None)
         await group.resize(2)
         slow.touch()
         group.lose(group.seats[1], RuntimeError("scorer 1 died"))
