@@ -276,12 +276,15 @@ class Encoder:
         return self._fitting(height, width) == (height, width)
 
     def _fitting(self, height: int, width: int) -> tuple[int, int]:
-        """The size that the image processor gives an image of this size. ValueError where it refuses it."""
+        """The size that the image processor gives an image of this size. ValueError where it refuses it, or what comes
+        of it, which may be narrower."""
         p = self._image_processor
         if not p.do_resize:
             return height, width
         limits = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
-        return smart_resize(height, width, p.patch_size * p.merge_size, **limits)
+        size = smart_resize(height, width, p.patch_size * p.merge_size, **limits)
+        smart_resize(*size, p.patch_size * p.merge_size, **limits)  # whoever gets it at that size asks again
+        return size
 
 
 def patchify(pictures: Tensor, processor: Any) -> Tensor:

@@ -165,6 +165,14 @@ def test_fitted_images_give_the_same_tensors_and_are_fitted_once(encoder, ask, p
     assert all(side % 32 == 0 for size in sizes for side in size)
 
 
+def test_an_image_that_its_resizing_makes_too_narrow_is_refused_by_name(encoder, ask, picture, monkeypatch):
+    """9353 x 47 is within what Qwen3-VL's image processor takes, the 9344 x 32 that it makes of it is not."""
+    monkeypatch.setattr(encoder._image_processor, "size", {"shortest_edge": 2**16, "longest_edge": 2**24})
+    for use in (encoder.length, encoder.fitted):
+        with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
+            use(ask("narrow", picture(0, 9353, 47)))
+
+
 def test_ten_megabytes_are_too_long_before_they_are_tokenised(encoder, ask, monkeypatch):
     monkeypatch.setattr(encoder, "tokenizer", None)
     with pytest.raises(PromptTooLong, match="prompt wordy: .* tokens exceed") as caught:
