@@ -17,7 +17,6 @@ FOLDER = ROOT / "benchmarks"
 SHARED = {"common", "simulation"}
 """What benchmarks import; they are none themselves."""
 ALONE = {
-    "corpus_stream": {"parquet, memory_mb 10x over 1x", "jsonl, rows_per_s 10x over 1x"},
     "coordinator": {"most_engines_over_fewest", "last_tenth_over_first"},
     "learner_step": set(),
     "logprob_memory": set(),
@@ -26,9 +25,10 @@ ALONE = {
     "packing": set(),
     "scoring": set(),
 }
-"""Benchmarks that start no engines (`corpus_stream` starts Ray), with ratios that must be there."""
-WITH_ENGINES = {
+"""Benchmarks that start neither engines nor Ray, with ratios that must be there."""
+SLOW = {
     "alignment": set(),
+    "corpus_stream": {"parquet, memory_mb 10x over 1x", "jsonl, rows_per_s 10x over 1x"},
     "async_vs_sync": {"1_engines_staleness_1_over_sync", "1_engines_staleness_1_over_trl"},
     "serve_load": {"requests_per_s, direct batched over served", "answered_per_s, at overload over peak"},
     "weight_sync": {"total_over_copy_1M", "paused_over_copy_1M", "write_over_copy_10M"},
@@ -60,7 +60,7 @@ def check(name: str, result: dict, ratios: set[str]) -> None:
 
 
 def test_every_script_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.py")} == SHARED | set(ALONE) | set(WITH_ENGINES)
+    assert {path.stem for path in FOLDER.glob("*.py")} == SHARED | set(ALONE) | set(SLOW)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -110,10 +110,10 @@ def test_a_simulated_engine_decodes_as_continuous_batching_does():
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", WITH_ENGINES)
-def test_a_quick_run_with_engines_ends_with_its_result(name):
+@pytest.mark.parametrize("name", SLOW)
+def test_a_slow_one_does_so_too(name):
     result = quick(name, 850)
-    check(name, result, WITH_ENGINES[name])
+    check(name, result, SLOW[name])
     if name == "async_vs_sync":
         sync, asynchronous = (result["figures"][f"1_engines_staleness_{bound}"] for bound in (0, 1))
         assert sync["staleness_of_tokens"] == {"0": 1.0}

@@ -246,6 +246,7 @@ def test_a_new_engine_takes_over_waiting_work_and_a_removed_one_hands_back_what_
     pool = make(engines=1, max_concurrent=2)
 
     async def grow():
+        await behave(pool, 0, "", pace_s=0.2)  # slow enough for the other to start meanwhile
         tasks = groups(pool, 6)
         await asyncio.sleep(0.1)
         assert len(pool._queue) == 4, "two groups fit into the engine, the others wait in the pool"

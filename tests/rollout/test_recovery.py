@@ -90,6 +90,7 @@ def test_a_killed_engine_is_replaced_and_its_rollouts_go_on_where_they_were(mort
     run(asyncio.wait_for(_ended(children), 60))
 
 
+@pytest.mark.long
 def test_a_stopped_vllm_process_is_found_and_replaced(mortal, run, reference, tickets):
     """Its actor still runs, and answers."""
     new = reference.changed(seed=3)

@@ -113,6 +113,7 @@ def plain_training(world, courses, phases):
     return losses, policy
 
 
+@pytest.mark.long
 def test_two_ranks_of_which_one_is_killed_equal_plain_training(cluster, world, tmp_path, caplog):
     model, paths = world
     phases = (
