@@ -139,9 +139,7 @@ async def _train(session: Session, name: str, engines: Sampler, judge: Discrimin
             progress.update(step, **metrics)
             if measured and step >= settings.min_steps and _weakest(accuracy, views) >= settings.target_accuracy:
                 break
-    examination = await judge.examine(held_out, WORST_PAIRS)
-    _report(session, name, step, examination)
-    accuracy = examination.metrics
+    _report(session, name, step, await judge.examine(held_out, WORST_PAIRS))
     if _weakest(accuracy, views) < settings.target_accuracy:
         raise WeakDiscriminator(
             f"after {step} warm-up steps the held-out pair accuracy is "
