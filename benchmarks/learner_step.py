@@ -69,7 +69,7 @@ class Timed:
 
     def step(self, part: float = 1.0) -> Any:
         self._timed("waiting", torch.distributed.barrier)
-        return self._timed("optimiser", lambda: self._engine.step(part))
+        return self._timed("optimiser", self._engine.step, part)
 
     def _timed(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()

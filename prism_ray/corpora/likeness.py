@@ -39,11 +39,9 @@ def find_pairs(key_N: np.ndarray, signature_NS: np.ndarray, picture_NW: np.ndarr
     exact = _repeated(key_N)
     rows = np.setdiff1d(np.arange(len(key_N)), exact[:, 1]) if len(exact) else np.arange(len(key_N))
     found: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
-    width = SIGNATURE // _BANDS
     for band in range(_BANDS):
-        text = signature_NS[rows, band * width : (band + 1) * width]
         for word in range(PICTURE_WORDS):
-            found.append(rows[_neighbours(np.column_stack([text, picture_NW[rows, word]]).astype(np.uint64))])
+            found.append(rows[_neighbours(_quarters(signature_NS[rows], picture_NW[rows], band, word))])
     near = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
     return Pairs(exact, near[_alike(near, (signature_NS, picture_NW), (signature_NS, picture_NW))])
 
@@ -100,10 +98,10 @@ def _repeated(key_N: np.ndarray) -> np.ndarray:
     return np.column_stack([of[rows], rows])
 
 
-def _neighbours(key_NK: np.ndarray) -> np.ndarray:
+def _neighbours(key_N: np.ndarray) -> np.ndarray:
     """Pairs of rows with equal keys that follow one another when sorted."""
-    order = np.lexsort(key_NK.T)
-    same = (key_NK[order[1:]] == key_NK[order[:-1]]).all(axis=1)
+    order = np.argsort(key_N, kind="stable")
+    same = key_N[order[1:]] == key_N[order[:-1]]
     return np.column_stack([order[:-1][same], order[1:][same]])
 
 

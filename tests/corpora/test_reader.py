@@ -125,11 +125,17 @@ def test_quarantine_counts_writes_and_stops(tmp_path):
     assert [k["row"] for k in kept] == [1, 2, 3] and kept[2]["detail"] == "no text"
 
 
-def test_a_torn_quarantine_is_set_aside_and_written_anew(tmp_path, caplog):
-    path = tmp_path / "q.parquet"
-    bad = Quarantine("corpus", rows=100, max_share=0.02)
+@pytest.fixture
+def written(tmp_path):
+    """A quarantine of one row, and the file that it was written to."""
+    bad, path = Quarantine("corpus", rows=100, max_share=0.02), tmp_path / "q.parquet"
     bad.add([Quarantined("a", 1, "prompt: empty")])
     bad.write(path)
+    return bad, path
+
+
+def test_a_torn_quarantine_is_set_aside_and_written_anew(written, tmp_path, caplog):
+    bad, path = written
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     bad.write(path)
@@ -138,11 +144,8 @@ def test_a_torn_quarantine_is_set_aside_and_written_anew(tmp_path, caplog):
     assert "q.parquet cannot be read" in caplog.text and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_quarantine_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "q.parquet"
-    bad = Quarantine("corpus", rows=100, max_share=0.5)
-    bad.add([Quarantined("a", 1, "prompt: empty")])
-    bad.write(path)
+def test_a_quarantine_is_replaced_as_a_whole_or_not_at_all(written, monkeypatch):
+    bad, path = written
     before = path.read_bytes()
 
     def killed(table, place):

@@ -26,6 +26,7 @@ from prism_ray.models.encode import Encoder
 from prism_ray.models.load import load_policy
 from prism_ray.models.tiny import build_tiny
 from prism_ray.response import render
+from prism_ray.stages import supervised_data
 from prism_ray.stages.supervised import Phase, train_supervised
 from prism_ray.stages.supervised_data import Course, Shard, entries
 from prism_ray.stages.supervised_rank import starting_policy
@@ -283,6 +284,21 @@ def test_a_corpus_without_a_good_row_far_and_wide_says_so(world, tmp_path, split
     data = Course("sft", task, RowOrder(find_fragments([corpus], task.required), 5), 6, 4)
     with pytest.raises(CorpusError, match="sft: 1,024 rows in a row cannot be used .images: .*; repair the corpus"):
         seen_by(data, 1, 4, 0)
+
+
+def test_steps_are_prepared_together_as_far_as_their_size_allows(world, monkeypatch):
+    taken = []
+
+    def prepared(tasks, work, settings):
+        for task in tasks:
+            taken.append(task["last"] - task["first"])
+            yield from work(task)
+
+    monkeypatch.setattr(supervised_data, "prepared", prepared)
+    for task_mb, wanted in ((64, [2, 2, 1]), (1e-6, [2, 1, 1, 1])):
+        taken.clear()
+        shard = Shard((course(world, 5),), 0, 1, 4, CorporaSettings(rows_per_task=8, task_mb=task_mb))
+        assert len(list(shard.portions(0))) == 5 and taken == wanted
 
 
 def test_rows_that_do_not_fit_are_quarantined(world):
